@@ -1,0 +1,47 @@
+// memory: a large result that starts as zeros without anyone writing them.
+//
+// Anonymous memory of the operating system is zero when first touched, and costs nothing until
+// then. So a gradient whose rows are mostly zero is paid for by the rows that are not. Large pages
+// divide the number of page faults, which are most of the time of writing fresh memory, by 512.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#include <sys/mman.h>
+#define PLT_FRESH_PAGES 1
+#endif
+
+namespace pyllmtune {
+
+struct FreshTensor {
+  torch::stable::Tensor tensor;  // contiguous
+  bool is_zero;
+};
+
+inline FreshTensor fresh_like(const torch::stable::Tensor& like) {  // like [outer, inner, V]
+  const int64_t sizes[3] = {like.size(0), like.size(1), like.size(2)};
+#ifdef PLT_FRESH_PAGES
+  const size_t bytes = like.numel() * like.element_size();
+  // 1 MiB: below it the allocator's recycled memory is faster than new pages
+  if (bytes >= (1u << 20)) {
+    void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    STD_TORCH_CHECK(pages != MAP_FAILED, "out of memory: ", bytes,
+                    " bytes for the gradient of the logits");
+    madvise(pages, bytes, MADV_HUGEPAGE);  // a hint: without it, or without support, only slower
+    const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1};
+    return {torch::stable::from_blob(pages, {sizes, 3}, {strides, 3}, like.device(),
+                                     like.scalar_type(), [bytes](void* p) { munmap(p, bytes); }),
+            true};
+  }
+#endif
+  return {torch::stable::new_empty(like, {sizes, 3}), false};
+}
+
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
+}  // namespace pyllmtune

@@ -1,0 +1,170 @@
+// simd: the vector in which every CPU kernel computes, sixteen floats wide on every instruction
+// set.
+//
+// The width is fixed so that sums are formed in the same order, and give the same bits, under AVX2
+// and AVX-512. Kernels are templates over the vector V: F32x16, or F64x1 for float64 (one lane, the
+// C library's exp: it serves gradcheck).
+//   V::Scalar, V::kWidth, load(p), load_first(p, n, fill), store(p, x), store_first(p, x, n),
+//   fma_of, max_of, select, ...
+// A NaN passes through exp2_nonpositive and exp_of; max_of(a, b) drops a NaN in `a` and keeps one
+// in `b`.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../math/numeric.h"
+
+namespace pyllmtune {
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+}  // namespace pyllmtune
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#else
+#include "simd_generic.h"
+#endif
+
+namespace pyllmtune {
+
+// The first n < 16 elements, the other lanes `fill`. Through a small buffer: a tail is one vector
+// in a thousand.
+template <class T>
+inline F32x16 load_first(const T* p, int64_t n, float fill) {
+  T buffer[16];
+  memset(buffer, 0, sizeof buffer);
+  memcpy(buffer, p, n * sizeof(T));
+  return select(first_lanes(static_cast<int>(n)), load(buffer), F32x16(fill));
+}
+inline Mask16 load_mask_first(const bool* p, int64_t n) {
+  bool buffer[16] = {};
+  memcpy(buffer, p, n);
+  return load_mask(buffer);
+}
+template <class T>
+inline void store_first(T* p, F32x16 x, int64_t n) {
+  T buffer[16];
+  store(buffer, x);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+constexpr float kShift =
+    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+
+// 2^y for y <= 0. At and below -127 it is exactly 0 and `y` itself is raised to -127, so that 2^y *
+// y is 0 and not NaN. The polynomial is minimax of degree 6 on [-1/2, 1/2]: 2e-9 relative, 8e-8
+// with float rounding.
+inline F32x16 exp2_nonpositive(F32x16& y) {
+  y = max_of(F32x16(-127.0f), y);
+  const F32x16 shifted = y + F32x16(kShift);
+  const F32x16 f = y - (shifted - F32x16(kShift));
+  F32x16 p(0.00015353362f);
+  p = fma_of(p, f, F32x16(0.0013398874f));
+  p = fma_of(p, f, F32x16(0.009618437f));
+  p = fma_of(p, f, F32x16(0.055503324f));
+  p = fma_of(p, f, F32x16(0.24022648f));
+  p = fma_of(p, f, F32x16(0.6931472f));
+  p = fma_of(p, f, F32x16(1.0f));
+  return p * pow2_of_shifted(shifted);
+}
+
+// e^x over the whole range: 0 below -104, inf above 88.73; 1 ulp. ln 2 is subtracted in two parts
+// (Cody and Waite), the power of two applied in two halves, so that neither end of the range is
+// lost.
+inline F32x16 exp_of(F32x16 x) {
+  x = min_of(F32x16(89.0f), max_of(F32x16(-104.0f), x));
+  const F32x16 n = fma_of(x, F32x16(1.44269504f), F32x16(kShift)) - F32x16(kShift);
+  F32x16 f = fma_of(n, F32x16(-0.693145752f), x);
+  f = fma_of(n, F32x16(-1.42860677e-6f), f);
+  F32x16 p(0.0013814613f);
+  p = fma_of(p, f, F32x16(0.00836871f));
+  p = fma_of(p, f, F32x16(0.04166839f));
+  p = fma_of(p, f, F32x16(0.16666521f));
+  p = fma_of(p, f, F32x16(0.49999994f));
+  p = fma_of(p, f, F32x16(1.0f));
+  p = fma_of(p, f, F32x16(1.0f));
+  const F32x16 half = fma_of(n, F32x16(0.5f), F32x16(kShift));
+  return p * pow2_of_shifted(half) * pow2_of_shifted(n - (half - F32x16(kShift)) + F32x16(kShift));
+}
+
+// float64: one lane. The names are those of F32x16.
+struct F64x1 {
+  using Scalar = double;
+  static constexpr int kWidth = 1;
+  double v;
+
+  F64x1() = default;
+  explicit F64x1(double value) : v(value) {}
+};
+inline F64x1 operator+(F64x1 a, F64x1 b) { return F64x1(a.v + b.v); }
+inline F64x1 operator-(F64x1 a, F64x1 b) { return F64x1(a.v - b.v); }
+inline F64x1 operator*(F64x1 a, F64x1 b) { return F64x1(a.v * b.v); }
+inline F64x1 fma_of(F64x1 a, F64x1 b, F64x1 c) { return F64x1(a.v * b.v + c.v); }
+inline F64x1 max_of(F64x1 a, F64x1 b) { return F64x1(a.v > b.v ? a.v : b.v); }
+inline bool operator<(F64x1 a, F64x1 b) { return a.v < b.v; }
+inline bool operator>(F64x1 a, F64x1 b) { return a.v > b.v; }
+inline bool operator>=(F64x1 a, F64x1 b) { return a.v >= b.v; }
+inline bool operator==(F64x1 a, F64x1 b) { return a.v == b.v; }
+inline F64x1 select(bool m, F64x1 yes, F64x1 no) { return m ? yes : no; }
+inline F64x1 load(const double* p) { return F64x1(*p); }
+inline F64x1 load_first(const double*, int64_t, double fill) { return F64x1(fill); }
+inline void store(double* p, F64x1 x) { *p = x.v; }
+inline void store_first(double*, F64x1, int64_t) {}
+inline double reduce_sum(F64x1 x) { return x.v; }
+inline double reduce_max(F64x1 x) { return x.v; }
+inline F64x1 exp_of(F64x1 x) { return F64x1(exp(x.v)); }
+inline F64x1 exp2_nonpositive(F64x1& y) {
+  y.v = y.v < -1100.0 ? -1100.0 : y.v;
+  return F64x1(y.v == -1100.0 ? 0.0 : exp2(y.v));
+}
+template <>
+inline F64x1 exp_residual<F64x1>(F64x1 x, F64x1) {
+  return F64x1(expm1(x.v) - x.v);
+}
+
+// The vector in which elements of type T are computed.
+template <class T>
+struct VectorOf {
+  using type = F32x16;
+};
+template <>
+struct VectorOf<double> {
+  using type = F64x1;
+};
+
+template <class V>
+using MaskOf = decltype(V() < V());
+
+// n <= V::kWidth elements: a whole vector, or the first lanes with the rest filled.
+template <class V, class T>
+inline V load_up_to(const T* p, int64_t n, typename V::Scalar fill) {
+  return n >= V::kWidth ? load(p) : load_first(p, n, fill);
+}
+template <class V, class T>
+inline void store_up_to(T* p, V x, int64_t n) {
+  n >= V::kWidth ? store(p, x) : store_first(p, x, n);
+}
+template <class V>
+inline MaskOf<V> load_mask_up_to(const bool* p, int64_t n) {
+  if constexpr (V::kWidth == 1)
+    return *p;
+  else
+    return n >= V::kWidth ? load_mask(p) : load_mask_first(p, n);
+}
+template <class V>
+inline MaskOf<V> lanes_up_to(int64_t n) {
+  if constexpr (V::kWidth == 1)
+    return n > 0;
+  else
+    return first_lanes(static_cast<int>(n >= V::kWidth ? V::kWidth : n));
+}
+
+}  // namespace pyllmtune

@@ -1,0 +1,127 @@
+// simd_avx2: sixteen floats in two registers, lane for lane what simd_avx512.h computes. Included
+// by simd.h alone.
+#pragma once
+
+#include <immintrin.h>
+
+namespace pyllmtune {
+
+struct Mask16 {
+  __m256 a, b;
+};
+inline Mask16 operator&(Mask16 x, Mask16 y) {
+  return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)};
+}
+inline Mask16 operator|(Mask16 x, Mask16 y) {
+  return {_mm256_or_ps(x.a, y.a), _mm256_or_ps(x.b, y.b)};
+}
+inline Mask16 operator!(Mask16 x) {
+  const __m256 ones = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  return {_mm256_xor_ps(x.a, ones), _mm256_xor_ps(x.b, ones)};
+}
+inline Mask16 load_mask(const bool* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i zero = _mm256_setzero_si256();
+  return {
+      _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(raw), zero)),
+      _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8)), zero))};
+}
+inline Mask16 first_lanes(int n) {
+  const __m256i limit = _mm256_set1_epi32(n), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i upper = _mm256_add_epi32(lane, _mm256_set1_epi32(8));
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, lane)),
+          _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, upper))};
+}
+
+struct F32x16 {
+  using Scalar = float;
+  static constexpr int kWidth = 16;
+  __m256 a, b;
+
+  F32x16() = default;
+  F32x16(__m256 low, __m256 high) : a(low), b(high) {}
+  explicit F32x16(float value) : a(_mm256_set1_ps(value)), b(a) {}
+};
+
+inline F32x16 operator+(F32x16 x, F32x16 y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+inline F32x16 operator-(F32x16 x, F32x16 y) {
+  return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+inline F32x16 operator*(F32x16 x, F32x16 y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+inline F32x16 fma_of(F32x16 x, F32x16 y, F32x16 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline F32x16 max_of(F32x16 x, F32x16 y) {
+  return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+inline F32x16 min_of(F32x16 x, F32x16 y) {
+  return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
+}
+
+template <int kPredicate>
+inline Mask16 compare(F32x16 x, F32x16 y) {
+  return {_mm256_cmp_ps(x.a, y.a, kPredicate), _mm256_cmp_ps(x.b, y.b, kPredicate)};
+}
+inline Mask16 operator<(F32x16 x, F32x16 y) { return compare<_CMP_LT_OQ>(x, y); }
+inline Mask16 operator>(F32x16 x, F32x16 y) { return compare<_CMP_GT_OQ>(x, y); }
+inline Mask16 operator>=(F32x16 x, F32x16 y) { return compare<_CMP_GE_OQ>(x, y); }
+inline Mask16 operator==(F32x16 x, F32x16 y) { return compare<_CMP_EQ_OQ>(x, y); }
+inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
+  return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
+}
+
+inline __m256 pow2_of_shifted(__m256 x) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+inline F32x16 pow2_of_shifted(F32x16 x) { return {pow2_of_shifted(x.a), pow2_of_shifted(x.b)}; }
+
+inline __m256 widen(const Bf16* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline __m256 widen(const Fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F32x16 load(const Bf16* p) { return {widen(p), widen(p + 8)}; }
+inline F32x16 load(const Fp16* p) { return {widen(p), widen(p + 8)}; }
+
+inline void narrow(Bf16* p, __m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  const __m256 kept =
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline void narrow(Fp16* p, __m256 x) {
+  const __m128i raw = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), raw);
+}
+inline void store(float* p, F32x16 x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+inline void store(Bf16* p, F32x16 x) { narrow(p, x.a), narrow(p + 8, x.b); }
+inline void store(Fp16* p, F32x16 x) { narrow(p, x.a), narrow(p + 8, x.b); }
+
+inline float reduce_sum(F32x16 x) {
+  const __m256 a = _mm256_add_ps(x.a, x.b);
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+inline float reduce_max(F32x16 x) {
+  const __m256 a = _mm256_max_ps(x.a, x.b);
+  const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+
+}  // namespace pyllmtune

@@ -1,0 +1,84 @@
+// simd_avx512: sixteen floats in one register. Included by simd.h alone.
+#pragma once
+
+#include <immintrin.h>
+
+namespace pyllmtune {
+
+struct Mask16 {
+  __mmask16 bits;
+};
+inline Mask16 operator&(Mask16 a, Mask16 b) { return {static_cast<__mmask16>(a.bits & b.bits)}; }
+inline Mask16 operator|(Mask16 a, Mask16 b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
+inline Mask16 operator!(Mask16 a) { return {static_cast<__mmask16>(~a.bits)}; }
+inline Mask16 load_mask(const bool* p) {
+  const __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_test_epi32_mask(lanes, lanes)};
+}
+inline Mask16 first_lanes(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
+
+struct F32x16 {
+  using Scalar = float;
+  static constexpr int kWidth = 16;
+  __m512 v;
+
+  F32x16() = default;
+  F32x16(__m512 value) : v(value) {}
+  explicit F32x16(float value) : v(_mm512_set1_ps(value)) {}
+};
+
+inline F32x16 operator+(F32x16 a, F32x16 b) { return _mm512_add_ps(a.v, b.v); }
+inline F32x16 operator-(F32x16 a, F32x16 b) { return _mm512_sub_ps(a.v, b.v); }
+inline F32x16 operator*(F32x16 a, F32x16 b) { return _mm512_mul_ps(a.v, b.v); }
+inline F32x16 fma_of(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline F32x16 max_of(F32x16 a, F32x16 b) { return _mm512_max_ps(a.v, b.v); }
+inline F32x16 min_of(F32x16 a, F32x16 b) { return _mm512_min_ps(a.v, b.v); }
+inline Mask16 operator<(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask16 operator>(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask16 operator>=(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+inline Mask16 operator==(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+inline F32x16 select(Mask16 m, F32x16 yes, F32x16 no) {
+  return _mm512_mask_blend_ps(m.bits, no.v, yes.v);
+}
+
+// 2^k of the integer k that sits in the low bits of x = k + 1.5 * 2^23; k in [-127, 128], 2^-127 is
+// 0, 2^128 is inf.
+inline F32x16 pow2_of_shifted(F32x16 x) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+
+inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+inline F32x16 load(const Bf16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline F32x16 load(const Fp16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x.v); }
+inline void store(Bf16* p, F32x16 x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i high =
+      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+inline void store(Fp16* p, F32x16 x) {
+  const __m256i raw = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), raw);
+}
+
+// lanes i and i + 8 first, then i and i + 4, ...: the order that every instruction set follows
+inline float reduce_sum(F32x16 x) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+inline float reduce_max(F32x16 x) { return _mm512_reduce_max_ps(x.v); }
+
+}  // namespace pyllmtune

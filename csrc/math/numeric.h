@@ -1,0 +1,54 @@
+// numeric: the few scalar functions that the shared formulas need, under one name on host and
+// device.
+//
+// Formulas in this folder are templates over a number F. On a GPU F is float; on the CPU it is
+// double, or sixteen floats at a time (csrc/cpu/simd.h adds the same names for its vectors). So
+// they are written without branches: select() instead of if, and comparisons combined with & and |.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#ifdef __CUDACC__
+#define PLT_HD __host__ __device__ __forceinline__
+#else
+#define PLT_HD inline
+#endif
+
+namespace pyllmtune {
+
+PLT_HD float select(bool condition, float yes, float no) { return condition ? yes : no; }
+PLT_HD double select(bool condition, double yes, double no) { return condition ? yes : no; }
+
+// a > b ? a : b, so that a NaN in `a` is dropped and a NaN in `b` is kept, as x86 vectors do it.
+PLT_HD float max_of(float a, float b) { return a > b ? a : b; }
+PLT_HD double max_of(double a, double b) { return a > b ? a : b; }
+
+PLT_HD float exp_of(float x) { return expf(x); }
+PLT_HD double exp_of(double x) { return exp(x); }
+PLT_HD float log_of(float x) { return logf(x); }
+PLT_HD double log_of(double x) { return log(x); }
+
+PLT_HD bool is_finite(float x) { return x - x == 0.0f; }
+PLT_HD bool is_finite(double x) { return x - x == 0.0; }
+
+// e^x - 1 - x, given x and e^x. The plain expression loses every digit near 0, where most tokens of
+// an almost on-policy batch are; below one half the series to x^9/9! is exact to 2e-9 relative.
+template <class F>
+PLT_HD F exp_residual(F x, F exp_x) {
+  F series(1.0f / 362880);
+  series = series * x + F(1.0f / 40320);
+  series = series * x + F(1.0f / 5040);
+  series = series * x + F(1.0f / 720);
+  series = series * x + F(1.0f / 120);
+  series = series * x + F(1.0f / 24);
+  series = series * x + F(1.0f / 6);
+  series = series * x + F(0.5f);
+  return select((x < F(0.5f)) & (x > F(-0.5f)), series * x * x, exp_x - F(1.0f) - x);
+}
+template <>
+PLT_HD double exp_residual<double>(double x, double) {
+  return expm1(x) - x;
+}
+
+}  // namespace pyllmtune

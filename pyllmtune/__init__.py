@@ -1,0 +1,27 @@
+"""Fused kernels for decoding and tuning language models, on the CPU and on GPUs, under one Python
+API.
+"""
+
+from pyllmtune import _triton  # noqa: F401  registers the Triton floor
+from pyllmtune._version import __version__
+from pyllmtune.advantages import group_advantages
+from pyllmtune.losses.config import PolicyLossConfig
+from pyllmtune.losses.metrics import PolicyLossMetrics
+from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
+from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
+from pyllmtune.ops.token_logprobs import TokenLogprobs, token_logprobs
+from pyllmtune.rewards import keyword_reward
+
+__all__ = [
+    "PolicyLossConfig",
+    "PolicyLossMetrics",
+    "PolicyLossOutput",
+    "TokenLogprobs",
+    "__version__",
+    "group_advantages",
+    "grpo_loss",
+    "keyword_reward",
+    "policy_loss",
+    "ppo_clip_loss",
+    "token_logprobs",
+]

@@ -1,0 +1,76 @@
+"""``python -m pyllmtune check``: every op on every backend present, values and gradients against
+float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyllmtune import _backend, policy_loss, token_logprobs
+from pyllmtune.losses.config import PolicyLossConfig
+
+TOLERANCE = 2e-5  # of the largest value; float32 arithmetic over a few thousand terms
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _error(got: list[Tensor], want: list[Tensor]) -> float:
+    return max(
+        float((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1e-3))
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+def _score(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 3001, generator=generator) * 3).to(device, dtype).requires_grad_()
+    tokens = torch.randint(0, 3001, (7,), generator=generator).to(device)
+    out = token_logprobs(logits, tokens, temperature=0.8, backend=backend)
+    sum(value.square().sum() for value in out).backward()
+    return [*(value.detach() for value in out), logits.grad]
+
+
+def _policy(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, noise, ref = (torch.randn(5, 301, generator=generator) for _ in range(3))
+    logprobs = logprobs.to(device, dtype).requires_grad_()
+    config = PolicyLossConfig(
+        level="sequence", kl="k3", kl_coef=0.1, aggregation="seq-mean-token-mean"
+    )
+    out = policy_loss(
+        logprobs,
+        logprobs.detach() + 0.3 * noise.to(device, dtype),
+        torch.randn(5, generator=generator).to(device, dtype),
+        ref_logprobs=logprobs.detach() + 0.2 * ref.to(device, dtype),
+        config=config,
+        backend=backend,
+    )
+    out.loss.backward()
+    return [out.loss.detach(), out.metrics.vector, logprobs.grad]
+
+
+CHECKS = {"token_logprobs": _score, "policy_loss": _policy}
+
+
+def run() -> bool:
+    """Print one line per op, backend and device; True if every present one agrees with the
+    reference.
+    """
+    good = True
+    for word, check in CHECKS.items():
+        want = [value.double() for value in check("reference", "cpu", torch.float64)]
+        for device in _devices():
+            for backend in _backend.BACKENDS[1:]:
+                reason = _backend.why_not(backend, device)
+                if reason is not None:
+                    print(f"{word:<18}{backend:<11}{device:<6}skipped: {reason}")
+                    continue
+                error = _error(check(backend, device, torch.float32), want)
+                passed = error <= TOLERANCE
+                good &= passed
+                verdict = "ok" if passed else "WRONG"
+                print(f"{word:<18}{backend:<11}{device:<6}{verdict}  error {error:.1e}")
+    return good

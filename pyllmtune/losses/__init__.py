@@ -1,0 +1,1 @@
+"""Losses on per-token vectors: configurations, metrics and names for the common ones."""

@@ -1,0 +1,1 @@
+"""One module per op: the specification in eager torch."""
