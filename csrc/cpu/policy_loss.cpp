@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "../math/policy_rules.h"
-#include "rows.h"
+#include "parallel.h"
 #include "types.h"
 
 namespace pyllmtune {
@@ -198,7 +198,7 @@ Metrics batch_loss(const Inputs<F>& in, int64_t sequences, F* grad_logprobs, F* 
   const int64_t total = in.offsets[sequences];
   // 2048 tokens: about 5 us of work, what waking a thread costs
   const int64_t grain = std::max<int64_t>(1, 2048 * sequences / std::max<int64_t>(total, 1));
-  torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(sequences, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       parts[i] = sequence_loss<V>(in, i, grad_logprobs, grad_entropy);
   });

@@ -5,11 +5,12 @@
 // the row.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+
+#include "parallel.h"
 
 namespace pyllmtune {
 
@@ -36,7 +37,7 @@ template <class F>
 void for_each_stripe(int64_t rows, int64_t vocab, const F& f) {
   const int64_t stripes = stripes_of(vocab);
   const int64_t grain = std::max<int64_t>(1, kStripe / std::min(vocab, kStripe));
-  torch::stable::parallel_for(0, rows * stripes, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(rows * stripes, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t stripe = item % stripes, first = stripe * kStripe;
       f(item / stripes, stripe, first, std::min(kStripe, vocab - first));
