@@ -99,12 +99,68 @@ SequenceStats<typename V::Scalar> sequence_stats(const Inputs<typename V::Scalar
   return {reduce_sum(count), reduce_sum(log_ratio)};
 }
 
+// What is added up over a sequence: counts as integers, the rest a vector at a time.
+template <class V>
+struct Sums {
+  using F = typename V::Scalar;
+  int64_t tokens = 0, dropped = 0, below = 0, above = 0, capped = 0;
+  V loss{F(0)}, approx_kl{F(0)}, approx_kl_k3{F(0)}, kl_ref{F(0)}, ratio{F(0)}, ratio_squared{F(0)};
+  V entropy{F(0)}, weight{F(0)};
+  V lowest{std::numeric_limits<F>::infinity()}, highest{-std::numeric_limits<F>::infinity()};
+
+  void add(const Tokens<V>& token, V token_ratio, V used_ratio, const RuleResult<V>& rule) {
+    tokens += count(token.valid);
+    dropped += count(token.dropped);
+    below += count(token.valid & rule.below);
+    above += count(token.valid & rule.above);
+    capped += count(token.valid & rule.capped);
+    approx_kl = approx_kl - token.log_ratio;
+    approx_kl_k3 = approx_kl_k3 + exp_residual(token.log_ratio, token_ratio);
+    const V shown = select(token.valid, used_ratio, V(F(0)));
+    ratio = ratio + shown;
+    ratio_squared = fma_of(shown, shown, ratio_squared);
+    lowest = select(token.valid & (used_ratio < lowest), used_ratio, lowest);
+    highest = select(token.valid & (used_ratio > highest), used_ratio, highest);
+  }
+
+  Metrics metrics(F share, bool weighted) const {
+    Metrics out;
+    out[kTokens] = tokens;
+    out[kSequences] = tokens > 0;
+    out[kDropped] = dropped;
+    out[kLoss] = reduce_sum(loss) * share;
+    out[kClippedLow] = below;
+    out[kClippedHigh] = above;
+    out[kClippedCap] = capped;
+    out[kApproxKl] = reduce_sum(approx_kl);
+    out[kApproxKlK3] = reduce_sum(approx_kl_k3);
+    out[kKlRef] = reduce_sum(kl_ref);
+    out[kRatio] = reduce_sum(ratio);
+    out[kRatioSquared] = reduce_sum(ratio_squared);
+    out[kEntropy] = reduce_sum(entropy);
+    out[kWeight] = weighted ? reduce_sum(weight) : tokens;
+    out[kNegativeRatioMin] = reduce_max(V(F(0)) - lowest);
+    out[kRatioMax] = reduce_max(highest);
+    return out;
+  }
+};
+
+// The mean log-ratio hands its gradient to every valid token alike.
+template <class V>
+void spread_over_sequence(const Inputs<typename V::Scalar>& in, int64_t begin, int64_t end,
+                          typename V::Scalar part, typename V::Scalar* grad_logprobs) {
+  for (int64_t t = begin; t < end; t += V::kWidth) {
+    const V add = select(load_tokens<V>(in, t, end - t).valid, V(part), V(0));
+    store_up_to(grad_logprobs + t, load_up_to<V>(grad_logprobs + t, end - t, 0) + add, end - t);
+  }
+}
+
 template <class V>
 Metrics sequence_loss(const Inputs<typename V::Scalar>& in, int64_t sequence,
                       typename V::Scalar* grad_logprobs, typename V::Scalar* grad_entropy) {
   using F = typename V::Scalar;
   const int64_t begin = in.offsets[sequence], end = in.offsets[sequence + 1];
-  const V zero(0), one(1);
+  const V zero(0), low(in.low), high(in.high), cap(in.cap);
   const bool by_sequence = in.level == kSequenceLevel;
 
   F per_token = 1, mean_log_ratio = 0;
@@ -116,79 +172,54 @@ Metrics sequence_loss(const Inputs<typename V::Scalar>& in, int64_t sequence,
   const F share = in.aggregation == kSeqMeanTokenMean ? per_token : F(1);  // a_i
   const V sequence_ratio = exp_of(V(mean_log_ratio));
 
-  V sum[kSums];
-  for (V& slot : sum) slot = zero;
+  Sums<V> sums;
   V through_mean = zero;  // d loss / d mean log-ratio, summed over the sequence
-  V lowest(std::numeric_limits<F>::infinity()), highest(-std::numeric_limits<F>::infinity());
   for (int64_t t = begin; t < end; t += V::kWidth) {
     const int64_t n = end - t;
     const Tokens<V> tokens = load_tokens<V>(in, t, n);
     const auto valid = tokens.valid;
-    auto optional = [&](const F* values, F fallback) {
-      return values == nullptr ? V(fallback) : select(valid, load_up_to<V>(values + t, n, 0), zero);
-    };
-    const V advantage = in.token_advantages ? optional(in.advantages, 0)
+    auto values = [&](const F* x) { return select(valid, load_up_to<V>(x + t, n, 0), zero); };
+    const V advantage = in.token_advantages ? values(in.advantages)
                                             : select(valid, V(in.advantages[sequence]), zero);
-    const V weight = optional(in.weights, 1), entropy = optional(in.entropy, 0);
     const V token_ratio = exp_of(tokens.log_ratio);
     const V ratio = by_sequence ? sequence_ratio : token_ratio;
-
-    const auto rule =
-        apply_rule(in.rule, ratio, advantage, tokens.logprob, V(in.low), V(in.high), V(in.cap));
-    const auto counted = valid & !(weight == zero);  // weight 0 switches off, also an infinite loss
-    V loss = select(counted, weight * rule.value, zero);
-    const V d_ratio = select(counted, weight * rule.d_log_ratio, zero);
-    V d_logprob = select(counted, weight * rule.d_logprob, zero);
+    auto rule = apply_rule(in.rule, ratio, advantage, tokens.logprob, low, high, cap);
+    if (in.weights != nullptr) {  // 0 selects: it switches off an infinite loss, too
+      const V weight = values(in.weights);
+      const auto on = valid & !(weight == zero);
+      rule.value = select(on, weight * rule.value, zero);
+      rule.d_log_ratio = select(on, weight * rule.d_log_ratio, zero);
+      rule.d_logprob = select(on, weight * rule.d_logprob, zero);
+      sums.weight = sums.weight + weight;
+    }
+    sums.add(tokens, token_ratio, ratio, rule);
+    V loss = rule.value, grad = rule.d_logprob;
     if (by_sequence)
-      through_mean = through_mean + d_ratio;
+      through_mean = through_mean + select(valid, rule.d_log_ratio, zero);
     else
-      d_logprob = d_logprob + d_ratio;
+      grad = grad + rule.d_log_ratio;
     if (in.ref_logprobs != nullptr) {
-      const V delta = optional(in.ref_logprobs, 0) - tokens.logprob;
+      const V delta = values(in.ref_logprobs) - tokens.logprob;
       const auto kl = kl_estimate(in.kl == kNoKl ? kK3 : in.kl, delta);
-      const V coefficient(in.kl == kNoKl ? F(0) : in.kl_coef);
-      const auto penalised = valid & !(coefficient == zero);
-      loss = loss + select(penalised, coefficient * kl.value, zero);
-      d_logprob = d_logprob + select(penalised, coefficient * kl.d_logprob, zero);
-      sum[kKlRef] = sum[kKlRef] + select(valid, kl.value, zero);
+      sums.kl_ref = sums.kl_ref + select(valid, kl.value, zero);
+      if (in.kl != kNoKl && in.kl_coef != F(0)) {
+        loss = loss + V(in.kl_coef) * kl.value;
+        grad = grad + V(in.kl_coef) * kl.d_logprob;
+      }
     }
-    loss = loss - select(valid, V(in.entropy_coef) * entropy, zero);
-    store_up_to(grad_logprobs + t, d_logprob * V(share), n);
-    if (in.entropy != nullptr)
+    if (in.entropy != nullptr) {
+      const V entropy = values(in.entropy);
+      loss = loss - V(in.entropy_coef) * entropy;
+      sums.entropy = sums.entropy + entropy;
       store_up_to(grad_entropy + t, select(valid, V(-in.entropy_coef * share), zero), n);
-
-    sum[kTokens] = sum[kTokens] + select(valid, one, zero);
-    sum[kDropped] = sum[kDropped] + select(tokens.dropped, one, zero);
-    sum[kLoss] = sum[kLoss] + loss;
-    sum[kClippedLow] = sum[kClippedLow] + select(valid & rule.below, one, zero);
-    sum[kClippedHigh] = sum[kClippedHigh] + select(valid & rule.above, one, zero);
-    sum[kClippedCap] = sum[kClippedCap] + select(valid & rule.capped, one, zero);
-    sum[kApproxKl] = sum[kApproxKl] - tokens.log_ratio;
-    sum[kApproxKlK3] = sum[kApproxKlK3] + exp_residual(tokens.log_ratio, token_ratio);
-    const V shown = select(valid, ratio, zero);
-    sum[kRatio] = sum[kRatio] + shown;
-    sum[kRatioSquared] = sum[kRatioSquared] + shown * shown;
-    sum[kEntropy] = sum[kEntropy] + entropy;
-    sum[kWeight] = sum[kWeight] + select(valid, weight, zero);
-    lowest = select(valid & (ratio < lowest), ratio, lowest);
-    highest = select(valid & (ratio > highest), ratio, highest);
-  }
-
-  Metrics out;
-  for (int slot = 0; slot < kSums; ++slot) out[slot] = reduce_sum(sum[slot]);
-  out[kSequences] = out[kTokens] > 0;
-  out[kLoss] *= share;
-  out[kNegativeRatioMin] = reduce_max(zero - lowest);
-  out[kRatioMax] = reduce_max(highest);
-
-  if (by_sequence) {  // the mean log-ratio hands its gradient to every valid token alike
-    const V part(reduce_sum(through_mean) * per_token * share);
-    for (int64_t t = begin; t < end; t += V::kWidth) {
-      const V add = select(load_tokens<V>(in, t, end - t).valid, part, zero);
-      store_up_to(grad_logprobs + t, load_up_to<V>(grad_logprobs + t, end - t, 0) + add, end - t);
     }
+    sums.loss = sums.loss + select(valid, loss, zero);
+    store_up_to(grad_logprobs + t, select(valid, grad * V(share), zero), n);
   }
-  return out;
+  if (by_sequence)
+    spread_over_sequence<V>(in, begin, end, reduce_sum(through_mean) * per_token * share,
+                            grad_logprobs);
+  return sums.metrics(share, in.weights != nullptr);
 }
 
 template <class F>

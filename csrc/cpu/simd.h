@@ -114,6 +114,7 @@ inline bool operator>(F64x1 a, F64x1 b) { return a.v > b.v; }
 inline bool operator>=(F64x1 a, F64x1 b) { return a.v >= b.v; }
 inline bool operator==(F64x1 a, F64x1 b) { return a.v == b.v; }
 inline F64x1 select(bool m, F64x1 yes, F64x1 no) { return m ? yes : no; }
+inline int count(bool m) { return m; }
 inline F64x1 load(const double* p) { return F64x1(*p); }
 inline F64x1 load_first(const double*, int64_t, double fill) { return F64x1(fill); }
 inline void store(double* p, F64x1 x) { *p = x.v; }

@@ -19,6 +19,9 @@ inline Mask16 operator!(Mask16 x) {
   const __m256 ones = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
   return {_mm256_xor_ps(x.a, ones), _mm256_xor_ps(x.b, ones)};
 }
+inline int count(Mask16 x) {
+  return __builtin_popcount(_mm256_movemask_ps(x.a)) + __builtin_popcount(_mm256_movemask_ps(x.b));
+}
 inline Mask16 load_mask(const bool* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m256i zero = _mm256_setzero_si256();

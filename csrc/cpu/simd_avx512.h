@@ -11,6 +11,7 @@ struct Mask16 {
 inline Mask16 operator&(Mask16 a, Mask16 b) { return {static_cast<__mmask16>(a.bits & b.bits)}; }
 inline Mask16 operator|(Mask16 a, Mask16 b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
 inline Mask16 operator!(Mask16 a) { return {static_cast<__mmask16>(~a.bits)}; }
+inline int count(Mask16 a) { return __builtin_popcount(a.bits); }
 inline Mask16 load_mask(const bool* p) {
   const __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm512_test_epi32_mask(lanes, lanes)};

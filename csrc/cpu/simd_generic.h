@@ -25,6 +25,11 @@ inline Mask16 operator!(Mask16 a) {
   PLT_LANES a.lane[i] = !a.lane[i];
   return a;
 }
+inline int count(Mask16 a) {
+  int n = 0;
+  PLT_LANES n += a.lane[i];
+  return n;
+}
 inline Mask16 load_mask(const bool* p) {
   Mask16 m;
   PLT_LANES m.lane[i] = p[i];
