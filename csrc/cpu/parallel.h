@@ -1,8 +1,8 @@
 // parallel: torch's own thread pool, made visible to ThreadSanitizer.
 //
-// libtorch and its OpenMP runtime are not instrumented, so TSan cannot see that the pool starts after the caller and ends
-// before it goes on. Under TSan these two orders are declared by hand, and nothing else: two workers that touch the same
-// memory are still a race.
+// libtorch and its OpenMP runtime are not instrumented, so TSan cannot see that the pool starts
+// after the caller and ends before it goes on. Under TSan these two orders are declared by hand,
+// and nothing else: two workers that touch the same memory are still a race.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,6 @@
-// planted_faults: operators that are wrong on purpose. Built into the sanitized CPU modules alone, where a test demands
-// that each is found. They use the same pool and the same pointers as the real kernels.
+// planted_faults: operators that are wrong on purpose. Built into the sanitized CPU modules alone,
+// where a test demands that each is found. They use the same pool and the same pointers as the real
+// kernels.
 #include <torch/csrc/stable/library.h>
 
 #include "../../csrc/cpu/parallel.h"

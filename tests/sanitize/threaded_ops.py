@@ -1,4 +1,4 @@
-"""Every threaded operator on two threads, and from two Python threads at once. Run under ThreadSanitizer."""
+"""Every threaded operator on two threads, and from two Python threads. Run under TSan."""
 
 from concurrent.futures import ThreadPoolExecutor
 

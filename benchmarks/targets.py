@@ -1,0 +1,107 @@
+"""What the project promises, and whether this run kept it.
+
+Speed-ups are ratios of medians of interleaved rounds, on the CPU, at the shapes below. Shares,
+scaling and spread compare medians of ours. What was not measured in this run is not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from benchmarks.report import Row
+
+SHAPES = {"token_logprobs": "64x151936", "policy_loss": "64x4096"}
+# (case, dtype, baseline, least speed-up); "best" is the fastest baseline that ran
+SPEEDUPS = {
+    "token_logprobs": (
+        ("forward", "float32", "torch.compile", 2.8),
+        ("forward", "float32", "eager", 7.0),
+        ("forward with entropy", "float32", "trl", 60.0),
+        ("forward", "bfloat16", "trl", 2.0),
+        ("forward + backward", "float32", "best", 2.7),
+        ("forward + backward in place", "float32", "best", 6.0),
+    ),
+    "policy_loss": (
+        ("ppo token level", "float32", "eager", 5.0),
+        ("grpo with k3 and entropy", "float32", "eager", 5.0),
+        ("gspo sequence level", "float32", "eager", 5.0),
+    ),
+}
+SHARE = 0.33  # of the dense backward: 30 % of the rows are to do, a tenth is for fixed costs
+SCALING = 1.8  # time on one thread over time on two
+SPREAD = 1.5  # slowest over fastest time per logit
+
+
+def judge(op: str, rows: list[Row]) -> Iterator[str]:
+    """A line for every target of ``op``: met, missed or not judged."""
+    timed = [row for row in rows if row["op"] == op and row["median_ms"] != ""]
+    most = max((row["threads"] for row in timed), default=0)
+    full = [row for row in timed if row["shape"] == SHAPES[op]]
+    yield from _speedups(op, [row for row in full if row["threads"] == most])
+    if op == "token_logprobs":
+        yield from _shares([row for row in full if row["threads"] == most])
+        yield from _spreads(timed)
+    yield from _scaling(full)
+
+
+def _line(text: str, measured: float, limit: float, at_least: bool) -> str:
+    met = measured >= limit if at_least else measured <= limit
+    bound = f"{'>=' if at_least else '<='} {limit:g}"
+    return f"  {'met' if met else 'MISSED':<10}{measured:>8.2f}  {bound:<9}{text}"
+
+
+def _not_judged(text: str) -> str:
+    return f"  {'not judged':<29}{text}"
+
+
+def _ours(rows: list[Row]) -> list[Row]:
+    """Rows of our best backend, the one that is listed first."""
+    names = [row["provider"] for row in rows if row["provider"].startswith("pyllmtune")]
+    return [row for row in rows if row["provider"] == names[0]] if names else []
+
+
+def _speedups(op: str, rows: list[Row]) -> Iterator[str]:
+    for case, dtype, baseline, limit in SPEEDUPS[op]:
+        here = [row for row in rows if row["case"] == case and row["dtype"] == dtype]
+        times = {row["provider"]: row["median_ms"] for row in here if row["verdict"] == "ok"}
+        others = [name for name in times if not name.startswith("pyllmtune")]
+        name = min(others, key=times.__getitem__, default="") if baseline == "best" else baseline
+        text = f"{case}, {dtype}: times as fast as {baseline}"
+        if not _ours(here) or name not in times:
+            yield _not_judged(text)
+            continue
+        text += f" ({name})" if baseline == "best" else ""
+        yield _line(text, times[name] / _ours(here)[0]["median_ms"], limit, at_least=True)
+
+
+def _shares(rows: list[Row]) -> Iterator[str]:
+    times = {row["case"]: row["median_ms"] for row in _ours(rows)}
+    for case in ("backward, 70 % of the rows zero", "backward, 70 % zero in runs"):
+        text = f"{case}: share of the dense backward"
+        if case in times and "backward" in times:
+            yield _line(text, times[case] / times["backward"], SHARE, at_least=False)
+        else:
+            yield _not_judged(text)
+
+
+def _spreads(rows: list[Row]) -> Iterator[str]:
+    for case in ("forward over V", "forward over N"):
+        text = f"{case}: slowest over fastest time per logit"
+        here = [row for row in _ours(rows) if row["case"] == case]
+        costs = [row["median_ms"] / prod(map(int, row["shape"].split("x"))) for row in here]
+        if len(costs) > 1:
+            yield _line(text, max(costs) / min(costs), SPREAD, at_least=False)
+        else:
+            yield _not_judged(text)
+
+
+def _scaling(rows: list[Row]) -> Iterator[str]:
+    times = {(row["case"], row["dtype"], row["threads"]): row["median_ms"] for row in _ours(rows)}
+    for case, dtype in dict.fromkeys(key[:2] for key in times):
+        one, two = times.get((case, dtype, 1)), times.get((case, dtype, 2))
+        text = f"{case}, {dtype}: one thread over two"
+        if one and two:
+            yield _line(text, one / two, SCALING, at_least=True)
+        else:
+            yield _not_judged(text)

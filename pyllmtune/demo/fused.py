@@ -1,0 +1,45 @@
+"""GRPO's loss through pyllmtune: one read of the logits, one pass over the tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import pyllmtune
+from pyllmtune import PolicyLossConfig
+from pyllmtune.demo.losses import Batch, Library, Loss, Scale
+
+
+def score(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Log-probs of ``tokens``, ``[B, T]``."""
+    return pyllmtune.token_logprobs(logits, tokens, mask=mask).logprobs
+
+
+def advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
+    """Advantage of each answer within its group, ``[B]``."""
+    return pyllmtune.group_advantages(rewards, group_size=group_size, scale=scale)
+
+
+def loss(logits: Tensor, batch: Batch, config: PolicyLossConfig, normalizer: float) -> Loss:
+    """The policy loss of a batch; the aggregation ``"constant"`` divides by ``normalizer``."""
+    scored = pyllmtune.token_logprobs(logits, batch.tokens, mask=batch.mask)
+    logprobs = scored.logprobs.detach()
+    value, metrics = pyllmtune.policy_loss(
+        scored.logprobs,
+        logprobs if batch.old_logprobs is None else batch.old_logprobs,
+        batch.advantages,
+        batch.mask,
+        ref_logprobs=batch.ref_logprobs,
+        entropy=scored.entropy,
+        normalizer=normalizer if config.aggregation == "constant" else None,
+        config=config,
+    )
+    measured = metrics.to_dict()
+    shown = {
+        "kl": measured["kl_ref"],
+        "entropy": measured["entropy"],
+        "clipped": measured["clip_low_fraction"] + measured["clip_high_fraction"],
+    }
+    return Loss(value, logprobs, shown)
+
+
+LIBRARY = Library("pyllmtune", score, advantages, loss)

@@ -1,0 +1,153 @@
+"""Group relative policy optimisation: sample answers, reward them, prefer the better of each group.
+
+Every random choice is a function of (seed, step), so two runs that differ only in their library see
+the same questions and the same random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import pyllmtune
+from pyllmtune.demo.evaluate import Accuracy
+from pyllmtune.demo.losses import Batch, Library, Loss, Objective, normalizer
+from pyllmtune.demo.model import Transformer
+from pyllmtune.demo.rollout import (
+    ANSWER_LENGTH,
+    answer_logits,
+    generate,
+    pad_left,
+    uniforms,
+)
+from pyllmtune.demo.task import Question, is_right, zero_shot
+from pyllmtune.demo.vocabulary import KEYWORDS, PAD, decode_rows
+
+Watch = Callable[[Transformer, Tensor, Batch], None]
+
+UPDATES = (
+    2  # optimiser steps per rollout: from the second on the ratio is not 1, and the clip matters
+)
+WARMUP = 10
+LRF = lambda step: 1.0
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """What both runs share."""
+
+    objective: Objective
+    seed: int
+    questions: int = 64  # per step
+    group_size: int = 8  # answers per question
+    learning_rate: float = 5e-4
+    keyword_weight: float = 0.1  # against 1 for the right answer
+
+
+class Record(NamedTuple):
+    """One step in numbers; of the losses, the last update's."""
+
+    step: int
+    reward: float
+    right: float  # share of right answers
+    keywords: float  # share of the keywords that occur
+    loss: float
+    grad_norm: float
+    kl: float
+    entropy: float
+    clipped: float
+
+
+class Run:
+    """One policy trained with one library, from a copy of ``start``, the reference of the KL."""
+
+    def __init__(
+        self, start: Transformer, library: Library, settings: GrpoSettings, pool: list[Question]
+    ) -> None:
+        self.library, self.settings, self.pool = library, settings, pool
+        self.reference, self.policy = start, copy.deepcopy(start)
+        # eps 1e-5: the last bits of an almost absent gradient must not become a full step
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            eps=1e-5,
+            weight_decay=0.0,
+        )
+        self.records: list[Record] = []
+        self.accuracies: dict[int, Accuracy] = {}
+        self.answers = torch.empty(0)  # of the last step, [B, T]
+        self.sampling_seconds = self.update_seconds = 0.0
+
+    def step(self, step: int, watch: Watch | None = None) -> Record:
+        """Sample, reward, update. ``watch`` is called before each update, off the clock."""
+        settings = self.settings
+        began = time.perf_counter()
+        questions = random.Random(f"{settings.seed}/{step}").sample(self.pool, settings.questions)
+        asked = pad_left([zero_shot(question) for question in questions])  # [questions, prompt]
+        rows = settings.questions * settings.group_size
+        uniform = uniforms(settings.seed, step, rows, ANSWER_LENGTH)
+        self.answers = generate(
+            self.policy, asked, ANSWER_LENGTH, copies=settings.group_size, uniform=uniform
+        )
+        right, keywords = rewards(questions, decode_rows(self.answers.tolist()))
+        reward = right + settings.keyword_weight * keywords  # [B]
+        prompts = asked.repeat_interleave(settings.group_size, dim=0)  # [B, prompt]
+        self.sampling_seconds += time.perf_counter() - began
+
+        batch = self._batch(prompts, reward.to(self.policy.config.dtype))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, step / WARMUP) * LRF(step)
+        for _ in range(UPDATES):
+            if watch is not None:
+                watch(self.policy, prompts, batch)
+            loss, grad_norm = self._update(prompts, batch)
+            if batch.old_logprobs is None:
+                batch = batch._replace(old_logprobs=loss.logprobs)
+        means = (values.mean().item() for values in (reward, right, keywords))
+        self.records.append(Record(step, *means, loss.value.item(), grad_norm, **loss.metrics))
+        return self.records[-1]
+
+    def _batch(self, prompts: Tensor, reward: Tensor) -> Batch:
+        """What the updates hold fixed: advantages, and log-probs under the reference."""
+        began = time.perf_counter()
+        answers, settings = self.answers, self.settings
+        mask = answers != PAD
+        with torch.no_grad():
+            logits = answer_logits(self.reference, prompts, answers)
+            ref = self.library.score(logits, answers, mask)
+        advantages = self.library.advantages(reward, settings.group_size, settings.objective.scale)
+        self.update_seconds += time.perf_counter() - began
+        return Batch(answers, mask, None, ref, advantages)
+
+    def _update(self, prompts: Tensor, batch: Batch) -> tuple[Loss, float]:
+        """One optimiser step: its loss, and the norm of the gradient before it was clipped."""
+        began = time.perf_counter()
+        logits = answer_logits(self.policy, prompts, batch.tokens)
+        loss = self.library.loss(logits, batch, self.settings.objective.config, normalizer(batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.value.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.update_seconds += time.perf_counter() - began
+        return loss, grad_norm.item()
+
+
+def rewards(questions: list[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
+    """Per answer: 1 if it is right, and the share of the keywords of reasoning that occur in it.
+
+    The second looks at words alone and cannot tell good steps from bad: it must weigh little.
+    """
+    copies = len(answers) // len(questions)
+    right = [is_right(questions[row // copies], answer) for row, answer in enumerate(answers)]
+    return torch.tensor(right, dtype=torch.float32), pyllmtune.keyword_reward(
+        answers, KEYWORDS
+    ) / len(KEYWORDS)

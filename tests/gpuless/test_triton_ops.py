@@ -1,0 +1,166 @@
+"""The Triton kernels in the guarded interpreter: values, bounds, races, and bytes, exactly."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from . import gpu_cases as cases
+from .toolchain import REPO, require
+from .triton_launches import compiled_launches
+
+# numpy warns of the infinities that are computed with here
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+IDLE_SCALARS = 4 * (2 + 3)  # row maximum, log sum, three upstream gradients
+ACTIVE_SCALARS = IDLE_SCALARS + 4 + 8  # entropy, token
+
+
+@pytest.fixture(autouse=True)
+def traffic():
+    require("triton")
+    import pyllmtune._triton  # noqa: F401  registers the floor
+
+    from .triton_guard import guard
+
+    with guard() as seen:
+        yield seen
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", (*cases.VOCABS, 5003))
+def test_scores_against_float64(vocab, dtype, layout):
+    logits = cases.logits_of(layout, vocab, dtype)
+    tokens = torch.randint(0, vocab, (2, 3))
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    cases.assert_scores(logits, tokens, "triton", temperature=0.8)
+    cases.assert_scores(logits, tokens, "triton", temperature=torch.rand(2, 3) + 0.5, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", (7, 5003))
+@pytest.mark.parametrize("poison", (math.nan, math.inf))
+def test_special_rows(vocab, dtype, poison):
+    """-inf in whole tiles, at the target, everywhere; NaN and +inf among finite logits and -inf."""
+    logits, tokens = (
+        cases.logits_of("contiguous", vocab, dtype),
+        torch.zeros(2, 3, dtype=torch.int64),
+    )
+    logits[0, 0, : vocab - 2] = -math.inf
+    logits[0, 1] = -math.inf
+    logits[1, 0, vocab // 2] = poison
+    logits[1, 1] = -math.inf
+    logits[1, 1, vocab - 1] = poison
+    got = cases.score(logits, tokens, torch.ones(3, 2, 3), "triton")
+    finite = torch.tensor([[True, False, True], [False, False, True]])
+    cases.assert_scores(logits[finite], tokens[finite], "triton")
+    assert (
+        got.logprobs[0, 1] == -math.inf
+        and got.entropy[0, 1] == 0
+        and got.logsumexp[0, 1] == -math.inf
+    )
+    assert (got.gradient[0, 1] == 0).all() and (got.gradient[0, 0, : vocab - 2] == 0)[1:].all()
+    for value in got:
+        assert (
+            value[1, :2].isnan().all()
+            and not value[0].isnan().any()
+            and not value[1, 2].isnan().any()
+        )
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", (1, 128, 257, 5003))
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_forward_reads_each_selected_row_once(traffic, vocab, dtype, layout):
+    """Beside the row: its target once more, 8 bytes of token, 1 of mask. 5 results are written."""
+    logits, tokens = cases.logits_of(layout, vocab, dtype), torch.zeros(2, 3, dtype=torch.int64)
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    cases.token_logprobs(logits, tokens, mask=mask, backend="triton")
+    rows, selected = mask.numel(), int(mask.sum())
+    assert traffic.loaded == selected * ((vocab + 1) * dtype.itemsize + 8) + rows
+    assert traffic.stored == rows * 5 * 4
+    assert [launch.kernel for launch in traffic.launches] == ["_token_logprobs_fwd_kernel"]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", (1, 128, 257, 5003))
+@pytest.mark.parametrize("inplace", (False, True))
+def test_backward_is_one_read_and_one_write(traffic, vocab, dtype, inplace):
+    """Idle rows are written and not read. Each program reads the scalars of its row."""
+    leaf = cases.logits_of("shifted", vocab, dtype).requires_grad_()
+    logits, tokens = leaf * 1.0, torch.zeros(2, 3, dtype=torch.int64)
+    upstream = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+    out = cases.token_logprobs(logits, tokens, inplace_backward=inplace, backend="triton")
+    torch.autograd.grad(out.logprobs, logits, upstream)
+    launch = traffic.launches[-1]
+    assert launch.kernel == "_token_logprobs_bwd_kernel"
+    rows, active = upstream.numel(), int((upstream != 0).sum())
+    programs = -(-vocab // (4096 if dtype == torch.float32 else 8192))
+    scalars = programs * (active * ACTIVE_SCALARS + (rows - active) * IDLE_SCALARS)
+    assert launch.loaded - scalars == active * vocab * dtype.itemsize
+    assert launch.stored == rows * vocab * dtype.itemsize
+
+
+@pytest.mark.parametrize("index", range(len(cases.policy_configs())))
+def test_policy_loss_against_float64(index):
+    """Every config with every 13th of its inputs, each from another one on: 300 of 3,840."""
+    config = cases.policy_configs()[index]
+    for inputs in list(cases.policy_inputs(config))[index % 13 :: 13]:
+        cases.assert_policy(config, inputs, "triton")
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_policy_loss_of_overflowing_ratios(level):
+    config = cases.PolicyLossConfig(**{**vars(cases.EXTREME), "level": level})
+    cases.assert_policy(config, cases.overflowing(), "triton", truth=torch.float32)
+
+
+def test_policy_loss_drops_what_is_not_finite():
+    for config in cases.policy_configs()[3::5]:
+        cases.assert_policy(config, cases.partly_lost(), "triton")
+
+
+@pytest.mark.parametrize("level, sweeps", (("token", 1), ("sequence", 3)))
+def test_policy_loss_bytes(traffic, level, sweeps):
+    """Token level reads everything once; sequence level sweeps twice more, for the mean log-ratio
+    and for the gradient through it.
+    """
+    given = dict.fromkeys(cases.OPTIONAL, True)
+    inputs = cases.policy_batch("none", "padded", given, per_token=True)
+    config = cases.PolicyLossConfig(level=level, kl="k3", kl_coef=0.1)
+    cases.policy_loss(**inputs, config=config, backend="triton")
+    tokens, sequences = inputs["logprobs"].numel(), inputs["logprobs"].shape[0]
+    once = 6 * 4  # log-probs, old, reference, advantage, weight, entropy
+    again = 2 * 3 * 4 + 2 * 4 if sweeps == 3 else 0
+    launch = traffic.launches[0]
+    assert launch.loaded == tokens * (once + again) + sequences * 2 * 8
+    assert launch.stored == tokens * 2 * 4 + sequences * 16 * 8
+
+
+def test_the_folder_refuses_to_be_a_top_level_package():
+    code = "import kernels"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode != 0 and "import pyllmtune.kernels" in done.stderr
+
+
+def test_triton_is_imported_when_an_operator_is_called():
+    code = "import sys, pyllmtune; assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_launches_compile_for_a_gpu():
+    """What the interpreter skips. 16-byte accesses wherever V and the strides allow them."""
+    require("cuobjdump")
+    launches = compiled_launches()
+    assert all(launch["cached"] for launch in launches), "a second, equal call compiled again"
+    assert not any(launch["spills"] for launch in launches)
+    for launch in launches:
+        if "V32000" in launch["call"]:
+            assert launch["loads_128"] >= 2
+            assert launch["stores_128"] >= 4 or "fwd" in launch["kernel"]

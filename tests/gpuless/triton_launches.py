@@ -1,0 +1,125 @@
+"""Calls every Triton function as a GPU would get the call, up to the launch: compiled, not run.
+
+    python -m tests.gpuless.triton_launches     a line of JSON for each launch
+
+The interpreter skips all of this: how arguments are specialised, what None, bools and floats
+become, checks that Triton makes at a second launch. A process of its own, since Triton decides at
+import whether it interprets. The driver of an H100 is replaced by one that knows its name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from .toolchain import BUILD, REPO
+
+
+def compiled_launches() -> list[dict[str, Any]]:
+    """Kernel, 16-byte accesses, and whether a second, equal call found it compiled."""
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(BUILD / "triton"))
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.gpuless.triton_launches"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise AssertionError(f"a Triton launch failed\n{done.stderr}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def calls() -> list[tuple[str, Any]]:
+    """Every function, with and without each optional argument, as (description, call)."""
+    import torch
+    from pyllmtune.kernels import policy_loss, token_logprobs
+
+    found = []
+    for dtype, vocab, optional in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (1, 32000, 50257), (False, True)
+    ):
+        logits = torch.zeros(2, 4, vocab, dtype=dtype)[:, :-1]
+        rows = torch.zeros(2, 3)
+        head = (
+            logits,
+            rows.long(),
+            0.7,
+            rows if optional else None,
+            rows > 0 if optional else None,
+        )
+        upstream = (rows, torch.zeros(2, 2, 3), rows, rows, rows)
+        name = f"{dtype} V{vocab}{' options' if optional else ''}"
+        found += [
+            (name, lambda args=(*head, False): token_logprobs.token_logprobs(*args)),
+            *(
+                (name, lambda function=function, args=(*head, *upstream): function(*args))
+                for function in (
+                    token_logprobs.token_logprobs_backward,
+                    token_logprobs.token_logprobs_backward_inplace,
+                )
+            ),
+        ]
+    tokens, offsets = torch.zeros(40), torch.tensor([0, 8, 40])
+    for level, rule, kl, optional in itertools.product((0, 1), (0, 1), (0, 3), (False, True)):
+        extra = [tokens, tokens, tokens] if optional else [tokens if kl else None, None, None]
+        args = (
+            *(tokens, tokens, tokens if optional else tokens[:2], optional, offsets),
+            *(
+                tokens > 0 if optional else None,
+                *extra,
+                0.0,
+                offsets.float()[0] if optional else None,
+            ),
+            *(level, rule, kl, optional, 0.8, 1.2, 3.0 if optional else float("inf"), 0.1, 0.01),
+        )
+        found.append(("policy_loss", lambda args=args: policy_loss.policy_loss(*args)))
+    return found
+
+
+def main() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from .binary_facts import cubin_facts
+
+    h100 = mock.Mock()
+    h100.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    h100.get_current_device.return_value = h100.get_current_stream.return_value = 0
+    driver.set_active(h100)
+    compile_and_launch, launched = JITFunction.run, []
+
+    def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binary = compile_and_launch(function, *args, grid=grid, warmup=True, **options)
+        launched.append(binary)
+        return binary
+
+    JITFunction.run = compile_only
+    for name, call in calls():
+        launched.clear()
+        call()
+        first = list(launched)
+        launched.clear()
+        call()
+        for binary, again in zip(first, launched, strict=True):
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder) / "kernel.cubin"
+                cubin.write_bytes(binary.asm["cubin"])
+                facts = cubin_facts(cubin, binary.metadata.shared)
+            line = {
+                "call": name,
+                "kernel": binary.metadata.name,
+                "cached": again is binary,
+                "loads_128": facts.loads_128,
+                "stores_128": facts.stores_128,
+                "spills": facts.spills + facts.stack,
+            }
+            print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
