@@ -50,7 +50,7 @@ def _run(cases: list[Case], options: Options) -> list[report.Row]:
             done += rows
     if options.device.type == "cpu" and not options.quick:
         for op in options.ops:
-            say(f"\n{op}: targets, set for {targets.SHAPES[op]} on a 2-core machine")
+            say(f"\n{op}: targets, set for {targets.SHAPES[op]}, {targets.THREADS} threads")
             say("\n".join(targets.judge(op, done)))
     if path is not None:
         say(f"\nsaved in {path}")

@@ -100,7 +100,7 @@ def _parser(ops: tuple[str, ...]) -> argparse.ArgumentParser:
     add("--cases", default="", metavar="WORDS", help="only cases whose name contains this")
     save = "append to the CSV of today [yes; --quick: no]"
     add("--save", action=argparse.BooleanOptionalAction, help=save)
-    add("--output", type=Path, default=RESULTS, metavar="DIR", help="of the CSV [%(default)s]")
+    add("--output", type=Path, default=RESULTS, metavar="DIR", help="[benchmarks/results]")
     add("--quick", action="store_true", help="small shapes, few rounds: to see that all runs")
     add("--seed", type=int, default=0)
     return parser

@@ -1,7 +1,7 @@
 """What the project promises, and whether this run kept it.
 
-Speed-ups are ratios of medians of interleaved rounds, on the CPU, at the shapes below. Shares,
-scaling and spread compare medians of ours. What was not measured in this run is not judged.
+Speed-ups are ratios of medians of interleaved rounds, on two threads of a CPU, at the shapes below.
+Shares, scaling and spread compare medians of ours. What was not measured here is not judged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from math import prod
 
 from benchmarks.report import Row
 
+THREADS = 2
 SHAPES = {"token_logprobs": "64x151936", "policy_loss": "64x4096"}
 # (case, dtype, baseline, least speed-up); "best" is the fastest baseline that ran
 SPEEDUPS = {
@@ -36,11 +37,11 @@ SPREAD = 1.5  # slowest over fastest time per logit
 def judge(op: str, rows: list[Row]) -> Iterator[str]:
     """A line for every target of ``op``: met, missed or not judged."""
     timed = [row for row in rows if row["op"] == op and row["median_ms"] != ""]
-    most = max((row["threads"] for row in timed), default=0)
     full = [row for row in timed if row["shape"] == SHAPES[op]]
-    yield from _speedups(op, [row for row in full if row["threads"] == most])
+    two = [row for row in full if row["threads"] == THREADS]
+    yield from _speedups(op, two)
     if op == "token_logprobs":
-        yield from _shares([row for row in full if row["threads"] == most])
+        yield from _shares(two)
         yield from _spreads(timed)
     yield from _scaling(full)
 
@@ -98,7 +99,7 @@ def _spreads(rows: list[Row]) -> Iterator[str]:
 
 def _scaling(rows: list[Row]) -> Iterator[str]:
     times = {(row["case"], row["dtype"], row["threads"]): row["median_ms"] for row in _ours(rows)}
-    for case, dtype in dict.fromkeys(key[:2] for key in times):
+    for case, dtype in dict.fromkeys(key[:2] for key in times if "over" not in key[0]):
         one, two = times.get((case, dtype, 1)), times.get((case, dtype, 2))
         text = f"{case}, {dtype}: one thread over two"
         if one and two:

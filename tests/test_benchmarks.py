@@ -179,8 +179,8 @@ def test_targets_are_met_missed_or_not_judged():
     rows = [
         *(row("pyllmtune cpp", 2.0), row("pyllmtune cpp", 3.0, threads=1)),
         *(row("eager", 14.2), row("torch.compile", 5.0)),
-        *(row("pyllmtune cpp", 10.0, "backward"),),
-        *(row("pyllmtune cpp", 3.2, "backward, 70 % of the rows zero"),),
+        row("pyllmtune cpp", 10.0, "backward"),
+        row("pyllmtune cpp", 3.2, "backward, 70 % of the rows zero"),
     ]
     lines = {
         line.split("  ")[-1].strip(): line.split()[0]
