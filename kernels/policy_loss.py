@@ -77,8 +77,9 @@ def _weighted(weight, value):
 
 
 @triton.jit
-def _sum(values):
-    return tl.sum(values.to(tl.float64), 0)
+def _columns4(a, b, c, d):
+    """Four of [BLOCK_T], or of [BLOCK_T, n], side by side: the last axis counts a, b, c, d."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
@@ -204,24 +205,21 @@ def _policy_loss_fwd_kernel(
         lowest = tl.minimum(lowest, tl.where(valid, ratio, INF))
         highest = tl.maximum(highest, tl.where(valid, ratio, -INF))
 
-    row_ptr = metrics_ptr + sequence * 16
-    n_tokens = _sum(tokens)
-    tl.store(row_ptr + 0, n_tokens)
-    tl.store(row_ptr + 1, (n_tokens > 0.0).to(tl.float64))
-    tl.store(row_ptr + 2, _sum(dropped))
-    tl.store(row_ptr + 3, tl.sum(loss, 0) * share)
-    tl.store(row_ptr + 4, _sum(low_clips))
-    tl.store(row_ptr + 5, _sum(high_clips))
-    tl.store(row_ptr + 6, _sum(cap_clips))
-    tl.store(row_ptr + 7, _sum(approx_kl))
-    tl.store(row_ptr + 8, _sum(approx_kl_k3))
-    tl.store(row_ptr + 9, _sum(kl_ref))
-    tl.store(row_ptr + 10, _sum(ratios))
-    tl.store(row_ptr + 11, _sum(ratios_squared))
-    tl.store(row_ptr + 12, _sum(entropies))
-    tl.store(row_ptr + 13, _sum(weights))
-    tl.store(row_ptr + 14, (-tl.min(lowest, 0)).to(tl.float64))
-    tl.store(row_ptr + 15, tl.max(highest, 0).to(tl.float64))
+    # [BLOCK_T, 16] in the order of the metrics, so that threads are joined once for all of them
+    some = tokens  # of each sequence, 1 if it has tokens
+    table = _columns4(
+        _columns4(tokens, low_clips, approx_kl_k3, entropies),
+        _columns4(some, high_clips, kl_ref, weights),
+        _columns4(dropped, cap_clips, ratios, none),
+        _columns4(none, approx_kl, ratios_squared, none),
+    )
+    sums = tl.sum(tl.reshape(table, [BLOCK_T, 16]).to(tl.float64), 0)  # [16]
+    metric = tl.arange(0, 16)
+    sums = tl.where(metric == LOSS, tl.sum(loss, 0) * share, sums)
+    sums = tl.where((metric == SEQUENCES) & (sums > 0.0), 1.0, sums)
+    sums = tl.where(metric == FIRST_MAXIMUM, -tl.min(lowest, 0), sums)
+    sums = tl.where(metric == FIRST_MAXIMUM + 1, tl.max(highest, 0), sums)
+    tl.store(metrics_ptr + sequence * 16 + metric, sums)
 
 
 @triton.jit

@@ -228,7 +228,7 @@ def test_lockstep_sees_a_loss_that_is_off():
     model = Transformer(SMALL)
     split = make_split(validation=16, held_out=16)
     objective = objectives(0.02, 0.01)["grpo"]
-    settings = GrpoSettings(objective, seed=0, questions=4, group_size=4)
+    settings = GrpoSettings(objective, seed=0, steps=9, questions=4, group_size=4)
     good = Lockstep(fused.LIBRARY, eager.LIBRARY, objective.config)
     Run(model, fused.LIBRARY, settings, split.train).step(1, good)
     assert good.updates == 2 and good.passed and 0 < good.gradient_difference < TOLERANCE
@@ -247,7 +247,9 @@ def test_two_runs_coincide_and_the_comparison_notes_the_first_difference():
     model = Transformer(SMALL)
     split = make_split(validation=16, held_out=16)
     objective = objectives(0.02, 0.01)["grpo"]
-    settings = GrpoSettings(objective, seed=0, questions=4, group_size=4, keyword_weight=0.5)
+    settings = GrpoSettings(
+        objective, seed=0, steps=9, questions=4, group_size=4, keyword_weight=0.5
+    )
     runs = [Run(model, library.LIBRARY, settings, split.train) for library in (fused, eager)]
     comparison = Comparison(Lockstep(*(run.library for run in runs), objective.config))
     for step in (1, 2):

@@ -12,6 +12,7 @@ import pytest
 
 from tests import helpers
 from tests.gpuless import emulator, toolchain
+from tests.sanitize import thread_sanitizer
 
 REPO = toolchain.REPO
 
@@ -48,6 +49,8 @@ def run(
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     monkeypatch.setenv("PYTHONPATH", f"{built(flavour)}{os.pathsep}{REPO}")
     monkeypatch.setenv("PYLLMTUNE_CPU_CAPABILITY", capability)
+    if flavour == "tsan":
+        return thread_sanitizer.run(target, *arguments)
     return emulator.run_sanitized(flavour, target, *arguments)
 
 

@@ -29,8 +29,6 @@ namespace pyllmtune {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- numbers
-
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -61,10 +59,7 @@ __device__ inline float exp2_fast(float x) {
 #endif
 }
 
-// ---- rows
-
-// Where a row of an [outer, inner, V] tensor with unit last stride begins. 64-bit: 16,384 x 131,072
-// is 2^31.
+// Where a row of an [outer, inner, V] tensor begins. 64-bit: 16,384 rows of 131,072 are 2^31.
 struct RowLayout {
   uint32_t inner;
   int64_t outer_stride, inner_stride;
@@ -122,8 +117,7 @@ __device__ inline Chunk<T> load_aligned(const T* p) {
 template <class T>
 __device__ inline Chunk<T> load_across(const T* p) {
   const T* aligned = p - misalignment(p);
-  const int skip =
-      misalignment(p) * static_cast<int>(sizeof(T));  // bytes; the same for all of a row
+  const int skip = misalignment(p) * static_cast<int>(sizeof(T));  // bytes, one for a whole row
   const Chunk<T> low = load_aligned(aligned), high = load_aligned(aligned + Chunk<T>::kSize);
   uint32_t word[8] = {low.word[0],  low.word[1],  low.word[2],  low.word[3],
                       high.word[0], high.word[1], high.word[2], high.word[3]};
@@ -172,8 +166,6 @@ __device__ inline void store_row_chunk(T* row, int first, int length, const Chun
     if (column >= 0 && column < length) row[column] = element[i];
   }
 }
-
-// ---- reductions
 
 template <class Part>
 __device__ inline Part shuffle_down(const Part& part, int offset) {

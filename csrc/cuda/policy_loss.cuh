@@ -2,14 +2,14 @@
 // packed sequences.
 //
 //   per token, flat [total]; sequence i is offsets[i] ... offsets[i + 1]
-//   -> loss and scale (0-d), metrics [16], grad_logprobs and grad_entropy [total], to be multiplied
-//   by `scale` l_t = weight_t rule(ratio_t, A_t) + kl_coef kl(ref_t - lp_t) - entropy_coef H_t,
-//   summed as `aggregation` says Reads 12 to 25 bytes a token and writes 4 or 8. What the whole
-//   sequence decides (its mean log-ratio, its length, the gradient through that mean) takes another
-//   sweep over log-probs and mask, then in cache. One block a sequence, then one block over the
-//   sequences; partial sums in double, in one fixed order, no atomics: the bits do not depend on
-//   timing, nor a sequence's share on its neighbours. Limits: one block reads a whole sequence, so
-//   one of a million tokens is latency-bound.
+//   -> loss and scale (0-d), metrics [16], grad_logprobs and grad_entropy [total]: times `scale`
+//   l_t = weight_t rule(ratio_t, A_t) + kl_coef kl(ref_t - lp_t) - entropy_coef H_t
+//
+//   Reads 12 to 25 bytes a token and writes 4 or 8. What the whole sequence decides (its mean
+//   log-ratio, its length, the gradient through that mean) takes another sweep, then in cache.
+//   One block a sequence, then one block over the sequences; threads are joined in double, in one
+//   fixed order, without atomics: the bits depend neither on timing nor on other sequences.
+//   Limits: one block reads a whole sequence, so one of a million tokens is latency-bound.
 #pragma once
 
 #include "../math/policy_rules.h"
@@ -84,15 +84,21 @@ struct PolicyGradients {
 };
 
 // The larger of two, NaN if either is.
-__device__ inline double max_or_nan(double a, double b) { return a > b || a != a ? a : b; }
+template <class F>
+__device__ inline F max_or_nan(F a, F b) {
+  return a > b || a != a ? a : b;
+}
 
 __device__ inline double empty_metric(int metric) { return metric < kMetricSums ? 0.0 : -INFINITY; }
 __device__ inline double join_metric(int metric, double a, double b) {
   return metric < kMetricSums ? a + b : max_or_nan(a, b);
 }
 
-struct MetricRow {
-  double at[kMetrics];
+// What one thread has seen. It sums some T / 256 tokens: float will do, except for the loss, whose
+// terms cancel.
+struct ThreadMetrics {
+  float at[kMetrics];
+  double loss;
 };
 
 // Metric threadIdx.x % 16 of `count` rows, `pitch` apart, joined in a fixed order; right in the
@@ -139,7 +145,7 @@ struct TokenGradient {
 
 // Loss of one valid token: adds to `row`, returns its gradient.
 __device__ inline TokenGradient token_loss(const PolicyToken& token, const PolicyConfig& config,
-                                           float score, MetricRow& row) {
+                                           float score, ThreadMetrics& row) {
   const float ratio = exp_of(score);
   const RuleResult<float> rule = apply_rule(config.rule, ratio, token.advantage, token.logprob,
                                             config.low, config.high, config.cap);
@@ -154,9 +160,9 @@ __device__ inline TokenGradient token_loss(const PolicyToken& token, const Polic
   }
   value -= config.entropy_coef * token.entropy;
 
-  row.at[kTokens] += 1.0;
-  row.at[kSequences] += 1.0;  // tokens for now; whether there are any is asked at the end
-  row.at[kLoss] += value;
+  row.loss += value;
+  row.at[kTokens] += 1.0f;
+  row.at[kSequences] += 1.0f;  // tokens for now; whether there are any is asked at the end
   row.at[kClippedLow] += rule.below;
   row.at[kClippedHigh] += rule.above;
   row.at[kClippedCap] += rule.capped;
@@ -174,9 +180,7 @@ __device__ inline TokenGradient token_loss(const PolicyToken& token, const Polic
 }
 
 // Block i: the gradients of sequence i, and its row of metrics.
-// Two blocks an SM: asked for more, ptxas 13.0 keeps to 64 registers on sm_100 and spills the
-// metrics.
-__global__ void __launch_bounds__(kPolicyThreads, 2)
+__global__ void __launch_bounds__(kPolicyThreads)
     policy_loss_kernel(PolicyTokens in, PolicyConfig config, PolicyGradients grads,
                        double* __restrict__ metrics) {
   const int64_t sequence = blockIdx.x;
@@ -194,9 +198,10 @@ __global__ void __launch_bounds__(kPolicyThreads, 2)
   }
   const float share = config.averages_sequences() ? per_token : 1.0f;
 
-  MetricRow mine;
+  ThreadMetrics mine;
+  mine.loss = 0.0;
 #pragma unroll
-  for (int m = 0; m < kMetrics; ++m) mine.at[m] = empty_metric(m);
+  for (int m = 0; m < kMetrics; ++m) mine.at[m] = static_cast<float>(empty_metric(m));
   double through_ratio = 0.0;
   for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
     const PolicyToken token = in.load(t, sequence);
@@ -204,7 +209,7 @@ __global__ void __launch_bounds__(kPolicyThreads, 2)
     if (token.valid)
       grad = token_loss(token, config, sequence_level ? sequence_score : token.log_ratio, mine);
     else if (token.selected)
-      mine.at[kDropped] += 1.0;
+      mine.at[kDropped] += 1.0f;
     if (sequence_level) through_ratio += grad.through_ratio;
     grads.logprobs[t] = share * (sequence_level ? grad.logprob : grad.logprob + grad.through_ratio);
     if (grads.entropy != nullptr)
@@ -225,7 +230,8 @@ __global__ void __launch_bounds__(kPolicyThreads, 2)
   constexpr int kPitch = kMetrics + 1, kCells = kPolicyThreads * kPitch;
   PLT_SHARED(double, of_thread, kCells);
 #pragma unroll
-  for (int m = 0; m < kMetrics; ++m) of_thread[threadIdx.x * kPitch + m] = mine.at[m];
+  for (int m = 0; m < kMetrics; ++m)
+    of_thread[threadIdx.x * kPitch + m] = m == kLoss ? mine.loss : mine.at[m];
   __syncthreads();
   const int metric = threadIdx.x;
   double value = join_rows(of_thread, blockDim.x, kPitch);

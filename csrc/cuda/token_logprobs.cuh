@@ -1,14 +1,18 @@
 // token_logprobs: log-prob of one token a row, entropy and logsumexp, from one read of the logits;
 // and their gradient.
 //
-//   logits [outer, inner, V] -> logprobs, entropy, logsumexp [outer, inner], stats [2, outer,
-//   inner] = (max, log S) dz_j = p_j (constant + slope log p_j) + 1[j = y] at_target
-//   (csrc/math/online_softmax.h) Forward reads V elements a row and writes 20 bytes; backward reads
-//   V and writes V, or only writes where the row has no upstream gradient. Those bytes are the
-//   floor. Forward: one block a row. A thread keeps (max, sum, weighted) of its chunks and rescales
-//   only when its maximum grows: one exponential an element. Threads are merged in a fixed tree, so
-//   a row has the same bits in any batch. Backward: blocks over (row, tile of V), each element on
-//   its own. Limits: V < 2^27, fewer than 2^31 rows.
+//   logits [outer, inner, V] -> logprobs, entropy, logsumexp [outer, inner],
+//                               stats [2, outer, inner] = (max, log S)
+//   dz_j = p_j (constant + slope log p_j) + 1[j = y] at_target     (csrc/math/online_softmax.h)
+//
+//   Forward reads V elements a row and writes 20 bytes; backward reads V and writes V, or only
+//   writes where a row has no upstream gradient. Those bytes are the floor.
+//
+//   Forward: one block a row. A thread keeps (max, sum, weighted) of its chunks and rescales only
+//   when its maximum grows: one exponential an element. Threads are joined in a fixed tree, and the
+//   elements of a thread follow from V alone: a row has the same bits in any batch, at any address.
+//   Backward: blocks over (row, tile of V), each element on its own.
+//   Limits: V < 2^27, fewer than 2^31 rows.
 #pragma once
 
 #include "../math/online_softmax.h"
@@ -19,8 +23,7 @@ namespace pyllmtune {
 constexpr int kScoreThreads = 256;
 constexpr int kGradientChunks = 4;  // 16-byte loads in flight a thread: 16 KiB a block
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-// 2^-200 is 0 in float; a finite stand-in for exponents of -inf, since 0 * -inf is NaN and 0 * -200
-// is 0
+// 2^-200 is 0 in float: a finite stand-in for exponents of -inf, since 0 * -inf would be NaN
 constexpr float kLowestExponent = -200.0f;
 
 struct ScoreRows {
@@ -53,8 +56,7 @@ struct ScoreUpstream {
   const float *entropy, *max, *log_sum, *grad_logprobs, *grad_entropy, *grad_logsumexp;
 };
 
-// Statistics of some elements of a row, as SoftmaxStats, but `weighted` counts exponents in bits
-// instead of nats.
+// Statistics of some elements of a row, as SoftmaxStats, but `weighted` has its exponents in bits.
 struct PartStats {
   float max, sum, weighted;
 

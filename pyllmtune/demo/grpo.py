@@ -35,8 +35,7 @@ Watch = Callable[[Transformer, Tensor, Batch], None]
 UPDATES = (
     2  # optimiser steps per rollout: from the second on the ratio is not 1, and the clip matters
 )
-WARMUP = 10
-LRF = lambda step: 1.0
+WARMUP, LAST_RATE = 10, 0.1  # the learning rate rises for 10 steps and falls to a tenth
 MAX_GRAD_NORM = 1.0
 
 
@@ -46,10 +45,16 @@ class GrpoSettings:
 
     objective: Objective
     seed: int
+    steps: int
     questions: int = 64  # per step
     group_size: int = 8  # answers per question
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     keyword_weight: float = 0.1  # against 1 for the right answer
+
+    def learning_rate_at(self, step: int) -> float:
+        """Warm-up times linear decay; ``step`` counts from 1."""
+        done = (step - 1) / self.steps
+        return self.learning_rate * min(1.0, step / WARMUP) * (1 - (1 - LAST_RATE) * done)
 
 
 class Record(NamedTuple):
@@ -105,7 +110,7 @@ class Run:
 
         batch = self._batch(prompts, reward.to(self.policy.config.dtype))
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, step / WARMUP) * LRF(step)
+            group["lr"] = settings.learning_rate_at(step)
         for _ in range(UPDATES):
             if watch is not None:
                 watch(self.policy, prompts, batch)

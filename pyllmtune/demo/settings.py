@@ -77,7 +77,12 @@ def parser() -> argparse.ArgumentParser:
         default=8,
         help="answers sampled per question (default 8)",
     )
-    add("--learning-rate", type=_at_least(0.0, float), default=5e-4, help="of AdamW (default 5e-4)")
+    add(
+        "--learning-rate",
+        type=_at_least(0.0, float),
+        default=1e-3,
+        help="of AdamW, at its peak (default 1e-3)",
+    )
     add("--loss", choices=objectives(0.0, 0.0), default="grpo", help="policy loss (default grpo)")
     add(
         "--kl-coef",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,16 @@ from pyllmtune.demo.model import ModelConfig, Transformer
 from pyllmtune.demo.task import Question, Split
 from pyllmtune.demo.vocabulary import NEWLINE, PAD, encode
 
-LINES = (
-    3  # questions per document, answered in one style: so solved lines in a prompt set the style
-)
-# of the documents; asked alone, the model is unsure whether to show steps
-WORKED_SHARE = 0.4
-BATCH = 64
+LINES = 3  # questions per document, all in one style: so solved lines in a prompt set the style
+# documents of a batch with and without steps: asked alone, the model is unsure whether to show them
+WORKED, DIRECT = 24, 40
 LEARNING_RATE = 4e-3
 WARMUP = 30
 
 
 @dataclass(frozen=True)
 class Stop:
-    """When supervision ends: at ``accuracy``, the mean of both prompt forms, or after ``steps``."""
+    """When supervision ends: at this few-shot accuracy on validation questions, or at ``steps``."""
 
     accuracy: float = 0.75
     steps: int = 600
@@ -45,20 +42,24 @@ def document(questions: list[Question], worked: bool) -> tuple[list[int], list[b
     return tokens, answer
 
 
-def batches(questions: list[Question], generator: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless ``(tokens, answer)``, each ``[BATCH, T]``, padded on the right."""
-    while True:
-        rows = [
-            document(generator.sample(questions, LINES), generator.random() < WORKED_SHARE)
-            for _ in range(BATCH)
-        ]
-        length = max(len(tokens) for tokens, _ in rows)
-        tokens = torch.full((BATCH, length), PAD)
-        answer = torch.zeros(BATCH, length, dtype=torch.bool)
-        for row, (ids, learned) in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            answer[row, : len(ids)] = torch.tensor(learned)
-        yield tokens, answer
+def batch(
+    questions: list[Question], generator: random.Random, documents: int, worked: bool
+) -> tuple[Tensor, Tensor]:
+    """``(tokens, answer)`` of documents in one style, ``[documents, T]``, padded on the right."""
+    rows = [document(generator.sample(questions, LINES), worked) for _ in range(documents)]
+    length = max(len(tokens) for tokens, _ in rows)
+    tokens = torch.full((documents, length), PAD)
+    answer = torch.zeros(documents, length, dtype=torch.bool)
+    for row, (ids, learned) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        answer[row, : len(ids)] = torch.tensor(learned)
+    return tokens, answer
+
+
+def negative_log_likelihood(model: Transformer, tokens: Tensor, answer: Tensor) -> Tensor:
+    """Sum over the answers' tokens."""
+    scored = pyllmtune.token_logprobs(model(tokens)[:, :-1], tokens[:, 1:], mask=answer[:, 1:])
+    return -scored.logprobs.sum()
 
 
 def supervise(
@@ -74,13 +75,15 @@ def supervise(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
-    data = batches(split.train, random.Random(seed))
+    generator = random.Random(seed)
     for step in range(1, stop.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP)
-        tokens, answer = next(data)
-        scored = pyllmtune.token_logprobs(model(tokens)[:, :-1], tokens[:, 1:], mask=answer[:, 1:])
-        loss = -scored.logprobs.sum() / answer.sum()
+        # the styles differ in length: apart, little is spent on padding
+        styles = ((WORKED, True), (DIRECT, False))
+        parts = [batch(split.train, generator, *style) for style in styles]
+        total = sum(answer.sum() for _, answer in parts)
+        loss = sum(negative_log_likelihood(model, *part) for part in parts) / total
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -49,6 +49,7 @@ def train(
     grpo = GrpoSettings(
         objective,
         settings.seed,
+        settings.steps,
         settings.questions,
         settings.group_size,
         settings.learning_rate,

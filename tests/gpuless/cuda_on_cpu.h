@@ -7,14 +7,14 @@
 //   }
 //
 // One fiber for each CUDA thread, blocks one after another (emu_launch.h); built plain, with
-// ASan+UBSan or with TSan by emulator.py. Finds: wrong results, reads and writes out of bounds in
-// global and shared memory, misaligned vectors, undefined behaviour, data races in a block and
-// between blocks, hand-overs without a fence, divergent barriers, bad shuffle masks, shared memory
-// and locals that are read before they are written, launches that a GPU refuses, and, by several
-// seeds, results that depend on the order of threads.
+// ASan+UBSan or with a race detector (emu_races.h) by emulator.py. Finds: wrong results, reads and
+// writes out of bounds in global and shared memory, misaligned vectors, undefined behaviour, data
+// races in a block and between blocks, hand-overs without a fence, divergent barriers, bad shuffle
+// masks, shared memory and locals that are read before they are written, launches that a GPU
+// refuses, and, by several seeds, results that depend on the order of threads.
 //
 // Cannot find: what nvcc and ptxas make of the source, errors of approximate instructions, time;
-// a missing fence in a lane that has executed one before; a block larger than __launch_bounds__.
+// a fence missing after the atomic by which a thread takes over; blocks above __launch_bounds__.
 // Cannot run: inline PTX, CUB, cooperative groups, cp.async, TMA, tensor cores, and threads that
 // spin on one another: they hang. A float out of an integer's range converts as on x86.
 //

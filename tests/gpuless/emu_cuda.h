@@ -26,6 +26,9 @@
 #define gridDim (emu::grid_dim())
 #define warpSize 32
 
+// A finding then has the kernel's line, not one of this file.
+#define EMU_INLINE inline __attribute__((always_inline))
+
 // ---- the three macros of a kernel's source; for nvcc the project's block.cuh has them
 
 #define PLT_SHARED(T, name, N) \
@@ -143,7 +146,7 @@ EMU_REDUCE(__reduce_xor_sync, unsigned, kReduceXor)
 namespace emu {
 
 template <class T, class Next>
-T atomic_update(T* address, Next next) {
+EMU_INLINE T atomic_update(T* address, Next next) {
   races::atomic(address, sizeof(T));
   races::Unrecorded scope;
   const T old = *address;
@@ -155,7 +158,7 @@ T atomic_update(T* address, Next next) {
 
 #define EMU_ATOMIC(name, expression)                                                               \
   template <class T>                                                                               \
-  T name(T* address, typename emu::Plain<T>::Type value) {                                         \
+  EMU_INLINE T name(T* address, typename emu::Plain<T>::Type value) {                              \
     return emu::atomic_update(address, [value]([[maybe_unused]] T old) { return T(expression); }); \
   }
 EMU_ATOMIC(atomicAdd, old + value)
@@ -170,16 +173,17 @@ EMU_ATOMIC(atomicInc, old >= value ? T(0) : old + 1)
 EMU_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 #undef EMU_ATOMIC
 template <class T>
-T atomicCAS(T* address, typename emu::Plain<T>::Type expected, typename emu::Plain<T>::Type value) {
+EMU_INLINE T atomicCAS(T* address, typename emu::Plain<T>::Type expected,
+                       typename emu::Plain<T>::Type value) {
   return emu::atomic_update(address, [=](T old) { return old == expected ? value : old; });
 }
 
 // ---- loads and stores with a cache hint
 
-#define EMU_LOAD(name)       \
-  template <class T>         \
-  T name(const T* address) { \
-    return *address;         \
+#define EMU_LOAD(name)                  \
+  template <class T>                    \
+  EMU_INLINE T name(const T* address) { \
+    return *address;                    \
   }
 EMU_LOAD(__ldg)
 EMU_LOAD(__ldca)
@@ -188,10 +192,10 @@ EMU_LOAD(__ldcs)
 EMU_LOAD(__ldcv)
 EMU_LOAD(__ldlu)
 #undef EMU_LOAD
-#define EMU_STORE(name)                                       \
-  template <class T>                                          \
-  void name(T* address, typename emu::Plain<T>::Type value) { \
-    *address = value;                                         \
+#define EMU_STORE(name)                                                  \
+  template <class T>                                                     \
+  EMU_INLINE void name(T* address, typename emu::Plain<T>::Type value) { \
+    *address = value;                                                    \
   }
 EMU_STORE(__stcg)
 EMU_STORE(__stcs)

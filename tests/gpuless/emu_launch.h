@@ -234,6 +234,7 @@ inline void run_grid() {
   for (uint64_t i : order) {
     m.block_index =
         dim3(i % m.grid.x, i / m.grid.x % m.grid.y, i / (uint64_t(m.grid.x) * m.grid.y));
+    races::begin_block(static_cast<unsigned>(i));
     run_block();
   }
 }

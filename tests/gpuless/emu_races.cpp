@@ -133,7 +133,7 @@ bool conflict(Kind a, Kind b) {
   return a != Kind::kRead || b != Kind::kRead;
 }
 
-void touch(Cell& cell, Kind kind, const Access& access, uintptr_t address) {
+void touch(Cell& cell, Kind kind, const Access& access) {
   const Knowledge& knowledge = detector().lanes[access.thread.lane].knowledge;
   const auto is_before = [&](const Access& earlier) {
     return earlier.thread == access.thread || knowledge.holds(earlier.thread, earlier.epoch);
@@ -141,10 +141,8 @@ void touch(Cell& cell, Kind kind, const Access& access, uintptr_t address) {
   for (Kind other : {Kind::kRead, Kind::kWrite, Kind::kAtomic}) {
     if (!conflict(kind, other)) continue;
     for (const Access& earlier : cell.of_kind[int(other)]) {
-      if (is_before(earlier)) continue;
-      char where[32];
-      std::snprintf(where, sizeof where, " of address %#zx", static_cast<size_t>(address));
-      report("race: " + describe(kind, access) + ", and " + describe(other, earlier) + where);
+      if (!is_before(earlier))
+        report("race: " + describe(kind, access) + ", and " + describe(other, earlier));
     }
   }
   auto& same = cell.of_kind[int(kind)];
@@ -168,7 +166,7 @@ void access(Kind kind, const void* pointer, size_t bytes, const void* code) {
   for (uintptr_t at = address; at < address + bytes;) {
     Page& page = d.pages[at / kPageBytes];
     if (page.unit > unit) page.split(unit);
-    touch(page.cells[at % kPageBytes / page.unit], kind, now, at);
+    touch(page.cells[at % kPageBytes / page.unit], kind, now);
     at += page.unit;
   }
 }

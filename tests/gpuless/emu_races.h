@@ -4,9 +4,9 @@
 // those functions, instead of the library that usually does. ThreadSanitizer's own library has 255
 // slots for threads and forgets finished ones: of races between blocks it missed more than half.
 //
-// Orders: __syncthreads, __syncwarp, and an atomic of one thread after another's on the same word
-// if the first thread has executed a fence in between. A shuffle orders nothing, as in CUDA's
-// model.
+// What orders: __syncthreads; __syncwarp; and atomics of two threads on one word, for what came
+// before a fence of the first one, or before a fence and a barrier that the first one then passed.
+// A shuffle orders nothing, as in CUDA's model.
 #pragma once
 
 #include <cstddef>

@@ -2,18 +2,18 @@
 
     library = load(["tests/gpuless/drivers/softmax.cpp"])      # g++ once, then from the cache
     library.call("softmax_f32", x, y, rows, columns)           # KernelFault names the mistake
+    library = load(["tests/gpuless/drivers/softmax.cpp"], "tsan")      # finds races as well
     outcome = run_sanitized("asan", "pytest", "tests/test_softmax_cuda.py", "-q")
 
 A driver is C++ that includes cuda_on_cpu.h and one ``.cuh``, and launches its kernels from ``extern
 "C"`` functions of pointers, ``int64_t`` and ``double``, which return what ``emu::guarded`` returns.
 Three flavours of build:
 
-    plain   fast; with several seeds it also shows results that depend on the order of threads
-    asan    AddressSanitizer and UndefinedBehaviourSanitizer
-    tsan    ThreadSanitizer: races in a block and between blocks; 0.5 ms a thread, so small grids
+    plain   as fast as it gets; several seeds show results that depend on the order of threads
+    asan    AddressSanitizer and UndefinedBehaviourSanitizer, in a process of run_sanitized
+    tsan    g++'s -fsanitize=thread, with a race detector of our own (emu_races.h); 20 times slower
 
-A process under a sanitizer loads its flavour without being told: the same test file serves all
-three.
+A process of ``run_sanitized`` loads its flavour without being told: one test file serves all three.
 """
 
 from __future__ import annotations
@@ -88,15 +88,18 @@ class EmulatedLibrary:
         function = getattr(self._library, entry)
         if function(*map(_as_c, arguments)) != 0:
             message = self._library.emu_last_fault().decode()
-            raise KernelFault(f"{entry}: {re.sub('{0x[0-9a-f]+}', self._line, message)}")
+            lines = re.sub("{0x[0-9a-f]+}", lambda place: _line(self._path, place[0]), message)
+            raise KernelFault(f"{entry}: {lines}")
 
-    def _line(self, place: re.Match[str]) -> str:
-        """The line of a return address in the library: the innermost one outside the emulator."""
-        address = int(place[0][1:-1], 16) - 1  # within the call
-        command = [str(tool("addr2line")), "-i", "-e", str(self._path), hex(address)]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        lines = [Path(line.split(" (")[0]).name for line in found.splitlines()]
-        return next((line for line in lines if not line.startswith("emu_")), lines[0])
+
+@functools.cache
+def _line(library: Path, place: str) -> str:
+    """The line of a return address ``{0x...}``: the innermost one outside the emulator."""
+    address = int(place[1:-1], 16) - 1  # within the call
+    command = [str(tool("addr2line")), "-i", "-e", str(library), hex(address)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [Path(line.split(" (")[0]).name for line in found.splitlines()]
+    return next((line for line in lines if not line.startswith("emu_")), lines[0])
 
 
 def _as_c(value: Any) -> Any:
@@ -201,9 +204,9 @@ def run_sanitized(flavour: str, target: str, *args: str, timeout: float = 600) -
 
 
 def _sanitizer_variables(report: Path) -> dict[str, str]:
-    """What makes a Python process run under ASan; findings go to ``report``: pytest hides stderr."""
+    """For a Python process under ASan; findings go to ``report``, since pytest hides stderr."""
     # libstdc++ too: ASan looks __cxa_throw up once, before Python loads a library that brings it
-    libraries = [_runtime_library(name) for name in ("libasan.so", "libstdc++.so")]
+    libraries = [runtime_library(name) for name in ("libasan.so", "libstdc++.so")]
     return {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=0:log_path={report}",
@@ -213,7 +216,7 @@ def _sanitizer_variables(report: Path) -> dict[str, str]:
 
 
 @functools.cache
-def _runtime_library(name: str) -> str:
+def runtime_library(name: str) -> str:
     """Where g++ keeps a sanitizer's runtime: preloaded, since Python itself is not instrumented."""
     command = [str(tool("g++")), f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

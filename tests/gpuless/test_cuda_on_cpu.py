@@ -12,9 +12,9 @@ from .emulator import FLAVOUR_VARIABLE, KernelFault, build, load, run_sanitized
 from .toolchain import require
 
 CLEAN_SOURCES = ["tests/gpuless/clean_kernels.cu", "tests/gpuless/clean_softmax.cu"]
-FLAVOUR = os.environ.get(FLAVOUR_VARIABLE)  # of this process, if it is one of the sanitized ones
-# a thread costs half a millisecond under TSan, and its order says nothing more about races
-SEEDS, BLOCKS = ((1,), 2) if FLAVOUR == "tsan" else ((0, 1, 2), 3)
+# asan needs a process of its own, which runs the clean kernels of this file once more
+IN_ASAN = os.environ.get(FLAVOUR_VARIABLE) == "asan"
+SEEDS, BLOCKS = (0, 1, 2), 3
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +22,19 @@ def compilers() -> None:
     require("g++", "nvcc")
 
 
-@pytest.fixture(scope="module")
-def clean():
-    return load(CLEAN_SOURCES)
+@pytest.fixture(scope="module", params=["asan"] if IN_ASAN else ["plain", "tsan"])
+def clean(request):
+    return load(CLEAN_SOURCES, request.param)
 
 
 @pytest.fixture(scope="module")
 def faulty():
-    return load([run_fault.SOURCE])
+    return load([run_fault.SOURCE], "plain")
+
+
+@pytest.fixture(scope="module")
+def watched():
+    return load([run_fault.SOURCE], "tsan")
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -167,20 +172,16 @@ def test_clean_partial_warp_and_three_dimensions(clean):
     np.testing.assert_array_equal(y, x + 1)
 
 
-# ---- the same under the sanitizers, in a process of their own
+# ---- the same under ASan
 
-in_plain_process = pytest.mark.skipif(
-    FLAVOUR is not None, reason="this process is itself one of the sanitized ones"
-)
+in_plain_process = pytest.mark.skipif(IN_ASAN, reason="this process is itself the sanitized one")
 
 
 @in_plain_process
-@pytest.mark.parametrize("flavour", ["asan", "tsan"])
-def test_clean_kernels_are_silent_under(flavour):
-    build(CLEAN_SOURCES, flavour)
-    outcome = run_sanitized(
-        flavour, "pytest", "-q", "--noconftest", "-k", "test_clean and not silent", __file__
-    )
+def test_clean_kernels_are_silent_under_asan():
+    build(CLEAN_SOURCES, "asan")
+    arguments = ("-q", "--noconftest", "-k", "test_clean and not silent", __file__)
+    outcome = run_sanitized("asan", "pytest", *arguments)
     assert outcome.returncode == 0, outcome.output
     assert " passed" in outcome.output and "skipped" not in outcome.output
 
@@ -197,22 +198,23 @@ KERNEL_FAULTS = {
     "empty_grid": "grid of 0 x 1 x 1 blocks",
     "shared_memory_not_asked_for": "65536 bytes of dynamic shared memory",
 }
-SANITIZER_FAULTS = [
-    ("asan", "global_read_past_end", "heap-buffer-overflow"),
-    ("asan", "shared_write_past_end", "index 256 out of bounds"),
-    ("asan", "dynamic_shared_past_end", "use-after-poison"),
-    ("asan", "misaligned_vector", "misaligned address"),
-    ("asan", "misaligned_shared_vector", "misaligned address"),
-    ("asan", "divergent_barriers", "different barriers"),
-    ("tsan", "missing_barrier", "data race"),
-    ("tsan", "race_between_barriers", "data race"),
-    ("tsan", "missing_syncwarp", "data race"),
-    ("tsan", "race_between_syncwarps", "data race"),
-    ("tsan", "two_blocks_one_word", "data race"),
-    ("tsan", "two_blocks_between_barriers", "data race"),
-    ("tsan", "missing_threadfence", "data race"),
-    ("tsan", "divergent_barriers", "different barriers"),
-]
+RACES = (
+    "missing_barrier",
+    "race_between_barriers",
+    "missing_syncwarp",
+    "race_between_syncwarps",
+    "two_blocks_one_word",
+    "two_blocks_between_barriers",
+    "missing_threadfence",
+)
+ASAN_FAULTS = {
+    "global_read_past_end": "heap-buffer-overflow",
+    "shared_write_past_end": "index 256 out of bounds",
+    "dynamic_shared_past_end": "use-after-poison",
+    "misaligned_vector": "misaligned address",
+    "misaligned_shared_vector": "misaligned address",
+    "divergent_barriers": "different barriers",
+}
 
 
 @in_plain_process
@@ -223,13 +225,30 @@ def test_emulator_catches(faulty, name):
 
 
 @in_plain_process
-@pytest.mark.parametrize("flavour, name, finding", SANITIZER_FAULTS)
-def test_sanitizer_catches(flavour, name, finding):
-    build([run_fault.SOURCE], flavour)
-    outcome = run_sanitized(flavour, "tests.gpuless.run_fault", name)
-    assert outcome.returncode != 0, f"{flavour} let {name} pass"
-    assert finding in outcome.output
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_caught(watched, name):
+    for seed in SEEDS:  # whatever the order in which the two accesses happen
+        watched.seed(seed)
+        with pytest.raises(KernelFault, match=r"race: .*faults.cu:\d+, and .*faults.cu:\d+"):
+            run_fault.run(watched, name)
+
+
+@in_plain_process
+@pytest.mark.parametrize("name", ASAN_FAULTS)
+def test_asan_catches(name):
+    build([run_fault.SOURCE], "asan")
+    outcome = run_sanitized("asan", "tests.gpuless.run_fault", name)
+    assert outcome.returncode != 0, f"asan let {name} pass"
+    assert ASAN_FAULTS[name] in outcome.output
     assert "faults.cu:" in outcome.output, "the report does not name the line"
+
+
+@in_plain_process
+def test_a_process_of_a_flavour_loads_that_flavour():
+    build([run_fault.SOURCE], "tsan")
+    assert run_sanitized("plain", "tests.gpuless.run_fault", "two_blocks_one_word").returncode == 0
+    outcome = run_sanitized("tsan", "tests.gpuless.run_fault", "two_blocks_one_word")
+    assert outcome.returncode != 0 and "race: " in outcome.output
 
 
 @in_plain_process

@@ -16,6 +16,7 @@ import triton  # noqa: E402  not before it is known to be there
 from . import control_kernels as kernels  # noqa: E402
 
 SIZE, BLOCK = 200, 64
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def run(kernel, *args, programs=1, races=True, **constants):
@@ -27,7 +28,7 @@ def run(kernel, *args, programs=1, races=True, **constants):
 # ---- clean kernels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_softmax_is_right_and_its_bytes_are_exact(dtype):
     rows, columns = 3, 1000
     x = torch.randn(rows, columns, dtype=dtype)
