@@ -6,9 +6,9 @@ import torch
 
 import pyllmtune  # noqa: F401  loads the module that holds them
 
-torch.set_num_threads(2)
-# memory from numpy: torch's allocator rounds sizes up, and a rounded end hides an overflow
-x = torch.zeros(64)
-for _ in range(20):
-    getattr(torch.ops.pyllmtune_planted, sys.argv[1])(x)
-print("finished")
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    x = torch.zeros(64)
+    for _ in range(20):
+        getattr(torch.ops.pyllmtune_planted, sys.argv[1])(x)
+    print("finished")
