@@ -20,21 +20,13 @@ import pyllmtune
 from pyllmtune.demo.evaluate import Accuracy
 from pyllmtune.demo.losses import Batch, Library, Loss, Objective, normalizer
 from pyllmtune.demo.model import Transformer
-from pyllmtune.demo.rollout import (
-    ANSWER_LENGTH,
-    answer_logits,
-    generate,
-    pad_left,
-    uniforms,
-)
+from pyllmtune.demo.rollout import ANSWER_LENGTH, answer_logits, generate, pad_left, uniforms
 from pyllmtune.demo.task import Question, is_right, zero_shot
 from pyllmtune.demo.vocabulary import KEYWORDS, PAD, decode_rows
 
 Watch = Callable[[Transformer, Tensor, Batch], None]
 
-UPDATES = (
-    2  # optimiser steps per rollout: from the second on the ratio is not 1, and the clip matters
-)
+UPDATES = 2  # optimiser steps per rollout: at the second the ratio is not 1, and the clip matters
 WARMUP, LAST_RATE = 10, 0.1  # the learning rate rises for 10 steps and falls to a tenth
 MAX_GRAD_NORM = 1.0
 
@@ -81,11 +73,7 @@ class Run:
         self.reference, self.policy = start, copy.deepcopy(start)
         # eps 1e-5: the last bits of an almost absent gradient must not become a full step
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.95),
-            eps=1e-5,
-            weight_decay=0.0,
+            self.policy.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
         )
         self.records: list[Record] = []
         self.accuracies: dict[int, Accuracy] = {}
@@ -153,6 +141,5 @@ def rewards(questions: list[Question], answers: list[str]) -> tuple[Tensor, Tens
     """
     copies = len(answers) // len(questions)
     right = [is_right(questions[row // copies], answer) for row, answer in enumerate(answers)]
-    return torch.tensor(right, dtype=torch.float32), pyllmtune.keyword_reward(
-        answers, KEYWORDS
-    ) / len(KEYWORDS)
+    keywords = pyllmtune.keyword_reward(answers, KEYWORDS) / len(KEYWORDS)
+    return torch.tensor(right, dtype=torch.float32), keywords

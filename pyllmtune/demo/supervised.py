@@ -26,7 +26,7 @@ WARMUP = 30
 class Stop:
     """When supervision ends: at this few-shot accuracy on validation questions, or at ``steps``."""
 
-    accuracy: float = 0.75
+    accuracy: float = 0.8
     steps: int = 600
     every: int = 25
     first: int = 200

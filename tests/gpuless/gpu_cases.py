@@ -15,7 +15,7 @@ from pyllmtune.losses.metrics import MAXIMA, SUMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 2, 7, 128, 255, 257, 1000)
-LAYOUTS = ("contiguous", "shifted", "unaligned", "transposed")
+LAYOUTS = ("contiguous", "shifted", "unaligned", "padded", "transposed")
 
 # relative error of one rounding, and the error among subnormal numbers
 ROUNDING = {
@@ -36,6 +36,8 @@ def logits_of(layout: str, vocab: int, dtype: torch.dtype) -> Tensor:
         return (torch.randn(2, 4, vocab) * 3).to(dtype)[:, :-1]
     if layout == "unaligned":
         return (torch.randn(2, 3, vocab + 5) * 3).to(dtype)[..., 3 : vocab + 3]
+    if layout == "padded":  # aligned rows, whose gradient, without the gaps, is not
+        return (torch.randn(2, 3, vocab // 16 * 16 + 16) * 3).to(dtype)[..., :vocab]
     return (torch.randn(3, 2, vocab) * 3).to(dtype).transpose(0, 1)
 
 
@@ -208,6 +210,19 @@ def overflowing() -> dict[str, Any]:
         "advantages": advantages,
         "ref_logprobs": logprobs + 1.0,
     }
+
+
+def assert_silent(level: str, backend: str) -> None:
+    """An infinite loss of weight 0 is no loss and has no gradient."""
+    config = PolicyLossConfig(level=level)
+    inputs = {
+        "logprobs": torch.full((1, 2), 200.0),
+        "old_logprobs": torch.zeros(1, 2),
+        "advantages": torch.tensor([-1.0]),
+        "weights": torch.zeros(1, 2),
+    }
+    loss, _, gradient = run_policy(config, inputs, backend, torch.float32)
+    assert loss == 0 and (gradient == 0).all()
 
 
 def partly_lost() -> dict[str, Any]:
