@@ -103,6 +103,7 @@ def test_small_grids():
         cases.assert_policy(config, inputs, "emulated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ("asan", "tsan"))
 def test_sanitizers_find_nothing(flavour):
     outcome = run_sanitized(flavour, "pytest", __file__, "-q", "-k", "test_small_grids")

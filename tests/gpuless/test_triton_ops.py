@@ -155,6 +155,7 @@ def test_triton_is_imported_when_an_operator_is_called():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_launches_compile_for_a_gpu():
     """What the interpreter skips. 16-byte accesses wherever V and the strides allow them."""
     require("cuobjdump")

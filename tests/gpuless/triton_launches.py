@@ -9,6 +9,7 @@ import whether it interprets. The driver of an H100 is replaced by one that know
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from .binary_facts import Facts, cubin_facts
 from .toolchain import BUILD, REPO
 
 
@@ -80,12 +82,18 @@ def calls() -> list[tuple[str, Any]]:
     return found
 
 
+@functools.cache
+def _facts(binary: bytes) -> Facts:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary)
+        return cubin_facts(cubin, smem=0)
+
+
 def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-
-    from .binary_facts import cubin_facts
 
     h100 = mock.Mock()
     h100.get_current_target.return_value = GPUTarget("cuda", 90, 32)
@@ -106,10 +114,7 @@ def main() -> None:
         launched.clear()
         call()
         for binary, again in zip(first, launched, strict=True):
-            with tempfile.TemporaryDirectory() as folder:
-                cubin = Path(folder) / "kernel.cubin"
-                cubin.write_bytes(binary.asm["cubin"])
-                facts = cubin_facts(cubin, binary.metadata.shared)
+            facts = _facts(binary.asm["cubin"])
             line = {
                 "call": name,
                 "kernel": binary.metadata.name,
