@@ -5,23 +5,33 @@ API.
 from pyllmtune import _triton  # noqa: F401  registers the Triton floor
 from pyllmtune._version import __version__
 from pyllmtune.advantages import group_advantages
+from pyllmtune.kept import KeptTokens
 from pyllmtune.losses.config import PolicyLossConfig
 from pyllmtune.losses.metrics import PolicyLossMetrics
 from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
+from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
+from pyllmtune.ops.temperature_softmax import temperature_softmax
+from pyllmtune.ops.sample import SampleOutput, greedy, sample
 from pyllmtune.ops.token_logprobs import TokenLogprobs, token_logprobs
 from pyllmtune.rewards import keyword_reward
 
 __all__ = [
+    "KeptTokens",
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
+    "SampleOutput",
     "TokenLogprobs",
     "__version__",
+    "filter_logits",
+    "greedy",
     "group_advantages",
     "grpo_loss",
     "keyword_reward",
     "policy_loss",
     "ppo_clip_loss",
+    "sample",
+    "temperature_softmax",
     "token_logprobs",
 ]

@@ -83,16 +83,28 @@ def as_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, of: st
 
 
 def split_temperature(
-    temperature: float | Tensor, shape: torch.Size, device: torch.device
+    temperature: float | Tensor,
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    zero: bool = False,
+    gradient: bool = False,
 ) -> tuple[float, Tensor | None]:
-    """A positive temperature as (scalar, None) or (1.0, one per row of ``shape``, float)."""
+    """A temperature as (scalar, None) or (1.0, one per row of ``shape``, float): positive, or with
+    ``zero`` at least 0; it may require grad with ``gradient``.
+    """
+    bound = "at least 0" if zero else "positive"
+
+    def good(low: float, high: float) -> bool:
+        return (low >= 0.0 if zero else low > 0.0) and high < math.inf
+
     if not isinstance(temperature, Tensor):
         value = float(temperature)
-        if not (value > 0.0 and math.isfinite(value)):
-            raise ValueError(f"temperature must be positive and finite, got {value}")
+        if not good(value, value):
+            raise ValueError(f"temperature must be {bound} and finite, got {value}")
         return value, None
     check_tensor("temperature", temperature, FLOATS)
-    if temperature.requires_grad:
+    if temperature.requires_grad and not gradient:
         raise ValueError(
             "temperature requires grad, but this op has no gradient in it; "
             "pass temperature.detach()"
@@ -101,10 +113,10 @@ def split_temperature(
         temperature = temperature.to(device).expand(shape)
     check_like("temperature", temperature, shape, device, "the leading shape of logits")
     if device.type == "cpu" and not torch.compiler.is_compiling() and temperature.numel():
-        low, high = (float(bound) for bound in temperature.aminmax())
-        if not (low > 0.0 and math.isfinite(high)):
+        low, high = (float(value) for value in temperature.detach().aminmax())
+        if not good(low, high):
             raise ValueError(
-                f"temperature must be positive and finite in every row, got {low} to {high}"
+                f"temperature must be {bound} and finite in every row, got {low} to {high}"
             )
     dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
     return 1.0, temperature.to(dtype)

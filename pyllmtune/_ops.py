@@ -23,11 +23,41 @@ _SCORE_GRADIENT = (
     " Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp"
 )
 
+# a scalar for all rows, or one value per row [rows], for each filter; `order` indexes
+# reference.row_filter.ORDERS
+_FILTERS = (
+    "float temperature, Tensor? row_temperature, int top_k, Tensor? row_top_k,"
+    " float top_p, Tensor? row_top_p, float min_p, Tensor? row_min_p, int order"
+)
+
 SCHEMAS = {
     "token_logprobs": f"(Tensor logits, {_SCORE_INPUTS}, bool inplace_backward)"
     " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
     "token_logprobs_backward": f"(Tensor logits, {_SCORE_GRADIENT}) -> Tensor",
     "token_logprobs_backward_inplace": f"(Tensor(a!) logits, {_SCORE_GRADIENT}) -> ()",
+    # logits, output and grad [outer, inner, V] with unit last stride; row_temperature and
+    # grad_temperature [outer, inner]; dtype is that of the logits or float32, as stored by the op
+    "temperature_softmax": "(Tensor logits, float temperature, Tensor? row_temperature, bool log,"
+    " ScalarType dtype) -> Tensor",
+    "temperature_softmax_out": "(Tensor logits, float temperature, Tensor? row_temperature,"
+    " bool log, Tensor(a!) out) -> ()",
+    # dtype is that of the logits; without temperature_gradient its result is empty
+    "temperature_softmax_backward": "(Tensor grad, Tensor output, float temperature,"
+    " Tensor? row_temperature, bool log, ScalarType dtype, bool temperature_gradient)"
+    " -> (Tensor grad_logits, Tensor grad_temperature)",
+    "filter_logits": f"(Tensor logits, {_FILTERS}) -> Tensor",
+    "filter_logits_out": f"(Tensor logits, {_FILTERS}, Tensor(a!) out) -> ()",
+    "filter_logits_backward": "(Tensor grad, Tensor output, float temperature,"
+    " Tensor? row_temperature) -> Tensor",
+    # R rows are drawn from: those of logits, or row_indices [R]. allowed [R or 1, V] bool or
+    # [R or 1, ceil(V / 32)] int32. Of the results, logprobs is [3, R, num_samples] (raw, scaled,
+    # processed) or [0, ...], rank [R, num_samples], kept_mass and entropy [R] or empty, kept_ids
+    # the kept tokens of all rows or empty
+    "sample": f"(Tensor logits, {_FILTERS}, Tensor? allowed, Tensor? row_indices, int num_samples,"
+    " int seed, Tensor? row_seed, int position, Tensor? row_position,"
+    " bool logprobs, bool return_stats, bool return_kept)"
+    " -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor rank, Tensor num_kept,"
+    " Tensor kept_mass, Tensor entropy, Tensor kept_ids)",
     # per-token tensors are flat [total], sequence i is offsets[i]:offsets[i + 1]; advantages are
     # [total] or [sequences]; normalizer 0 means: count tokens or sequences; the gradients returned
     # are still to be multiplied by `scale`

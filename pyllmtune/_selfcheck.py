@@ -7,7 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyllmtune import _backend, policy_loss, token_logprobs
+from pyllmtune import (
+    _backend,
+    filter_logits,
+    policy_loss,
+    sample,
+    temperature_softmax,
+    token_logprobs,
+)
 from pyllmtune.losses.config import PolicyLossConfig
 
 TOLERANCE = 2e-5  # of the largest value; float32 arithmetic over a few thousand terms
@@ -24,6 +31,16 @@ def _error(got: list[Tensor], want: list[Tensor]) -> float:
     )
 
 
+def _softmax(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 3001, generator=generator) * 3).to(device, dtype).requires_grad_()
+    temperature = torch.linspace(0, 2, 7).to(device, dtype).requires_grad_()
+    out = temperature_softmax(logits, temperature, backend=backend)
+    log = temperature_softmax(logits, 0.8, log=True, backend=backend)
+    (out.square().sum() + log.square().mean()).backward()
+    return [out.detach(), log.detach(), logits.grad, temperature.grad]
+
+
 def _score(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(7, 3001, generator=generator) * 3).to(device, dtype).requires_grad_()
@@ -31,6 +48,20 @@ def _score(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     out = token_logprobs(logits, tokens, temperature=0.8, backend=backend)
     sum(value.square().sum() for value in out).backward()
     return [*(value.detach() for value in out), logits.grad]
+
+
+def _decode(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Kept logits, tokens, log-probs and ranks; tokens are the same on every floor or it fails."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 3001, generator=generator) * 3).to(device)  # float32 on every floor
+    seeds = torch.arange(7, device=device)
+    filters = {"temperature": 0.8, "top_k": 300, "top_p": 0.95, "min_p": 1e-3}
+    kept = filter_logits(logits, **filters, backend=backend)
+    out = sample(
+        *(logits,), **filters, seed=seeds, logprobs="processed", return_stats=True, backend=backend
+    )
+    kept = torch.where(kept == -torch.inf, 0.0, kept)
+    return [kept, out.tokens, out.logprobs, out.rank, out.num_kept, out.entropy]
 
 
 def _policy(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -52,7 +83,12 @@ def _policy(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [out.loss.detach(), out.metrics.vector, logprobs.grad]
 
 
-CHECKS = {"token_logprobs": _score, "policy_loss": _policy}
+CHECKS = {
+    "temperature_softmax": _softmax,
+    "token_logprobs": _score,
+    "sample": _decode,
+    "policy_loss": _policy,
+}
 
 
 def run() -> bool:
@@ -66,11 +102,11 @@ def run() -> bool:
             for backend in _backend.BACKENDS[1:]:
                 reason = _backend.why_not(backend, device)
                 if reason is not None:
-                    print(f"{word:<18}{backend:<11}{device:<6}skipped: {reason}")
+                    print(f"{word:<22}{backend:<11}{device:<6}skipped: {reason}")
                     continue
                 error = _error(check(backend, device, torch.float32), want)
                 passed = error <= TOLERANCE
                 good &= passed
                 verdict = "ok" if passed else "WRONG"
-                print(f"{word:<18}{backend:<11}{device:<6}{verdict}  error {error:.1e}")
+                print(f"{word:<22}{backend:<11}{device:<6}{verdict}  error {error:.1e}")
     return good

@@ -14,6 +14,13 @@ _MODULES = {
     "token_logprobs": "token_logprobs",
     "token_logprobs_backward": "token_logprobs",
     "token_logprobs_backward_inplace": "token_logprobs",
+    "temperature_softmax": "temperature_softmax",
+    "temperature_softmax_out": "temperature_softmax",
+    "temperature_softmax_backward": "temperature_softmax",
+    "filter_logits": "filter_logits",
+    "filter_logits_out": "filter_logits",
+    "filter_logits_backward": "filter_logits",
+    "sample": "sample",
     "policy_loss": "policy_loss",
 }
 

@@ -30,7 +30,7 @@ def _as_a_user_runs_it():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("word", ("token_logprobs", "policy_loss"))
+@pytest.mark.parametrize("word", ("temperature_softmax", "token_logprobs", "policy_loss"))
 def test_quick_run_saves_every_provider(word, tmp_path, capsys):
     assert main([word, *SMALL, "--save", "--output", str(tmp_path)]) == 0
     assert "WRONG" not in capsys.readouterr().out

@@ -28,7 +28,7 @@ def test_env_survives_a_broken_probe(monkeypatch):
 
 def test_check_passes_here(capsys):
     assert main(["check"]) == 0
-    assert "token_logprobs    reference  cpu   ok" in capsys.readouterr().out
+    assert "token_logprobs        reference  cpu   ok" in capsys.readouterr().out
 
 
 def test_check_catches_a_wrong_kernel(monkeypatch, capsys):
@@ -41,7 +41,7 @@ def test_check_catches_a_wrong_kernel(monkeypatch, capsys):
 
     monkeypatch.setitem(_selfcheck.CHECKS, "token_logprobs", wrong)
     assert main(["check"]) == 1
-    assert "token_logprobs    cpp        cpu   WRONG" in capsys.readouterr().out
+    assert "token_logprobs        cpp        cpu   WRONG" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

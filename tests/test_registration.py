@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyllmtune
 from pyllmtune import PolicyLossConfig, _ops, policy_loss, token_logprobs
-from tests import helpers
+from tests import helpers, test_registration_decoding
 
 LOGITS = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randint(0, 17, (2, 3), generator=torch.Generator().manual_seed(2))
@@ -38,6 +38,16 @@ def backward_args(dtype: torch.dtype) -> tuple:
         MASK,
         *(torch.rand(*size).to(wide) for size in [(2, 3), (2, 2, 3)] + [(2, 3)] * 3),
     )
+
+
+def softmax_args(grad: bool) -> list[tuple]:
+    leaf, rows = LOGITS.clone().requires_grad_(grad), (torch.rand(2, 3) + 0.5).requires_grad_(grad)
+    half = LOGITS.bfloat16()[:, :-1].requires_grad_(grad)
+    return [
+        (leaf, 0.7, None, False, torch.float32),
+        (leaf, 1.0, rows, True, torch.float32),
+        (half, 0.7, None, False, torch.float32),
+    ]
 
 
 def policy_args(dtype: torch.dtype, grad: bool) -> list[tuple]:
@@ -105,6 +115,14 @@ def test_opcheck(floor):
     torch.library.opcheck(
         _ops.handle("token_logprobs_backward_inplace", floor), backward_args(torch.float32)
     )
+    for args in softmax_args(grad=True):
+        torch.library.opcheck(_ops.handle("temperature_softmax", floor), args)
+    for args in softmax_args(grad=False):
+        out = _ops.handle("temperature_softmax", floor)(*args)
+        torch.library.opcheck(_ops.handle("temperature_softmax_out", floor), (*args[:-1], out))
+        for wanted in (False, True):
+            backward = (torch.randn(args[0].shape), out, *args[1:-1], args[0].dtype, wanted)
+            torch.library.opcheck(_ops.handle("temperature_softmax_backward", floor), backward)
     for args in policy_args(torch.float32, grad=True):
         torch.library.opcheck(_ops.handle("policy_loss", floor), args)
 
@@ -114,9 +132,12 @@ def test_every_schema_is_checked_above():
         "token_logprobs",
         "token_logprobs_backward",
         "token_logprobs_backward_inplace",
+        "temperature_softmax",
+        "temperature_softmax_out",
+        "temperature_softmax_backward",
         "policy_loss",
     }
-    assert words == set(_ops.SCHEMAS)
+    assert words | test_registration_decoding.CHECKED == set(_ops.SCHEMAS)
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpp"))

@@ -20,23 +20,28 @@ struct FreshTensor {
   bool is_zero;
 };
 
-inline FreshTensor fresh_like(const torch::stable::Tensor& like) {  // like [outer, inner, V]
+// The shape of `like` [outer, inner, V], in a dtype with `element_size` bytes an element.
+inline FreshTensor fresh_like(const torch::stable::Tensor& like,
+                              torch::headeronly::ScalarType dtype, size_t element_size) {
   const int64_t sizes[3] = {like.size(0), like.size(1), like.size(2)};
 #ifdef PLT_FRESH_PAGES
-  const size_t bytes = like.numel() * like.element_size();
+  const size_t bytes = like.numel() * element_size;
   // 1 MiB: below it the allocator's recycled memory is faster than new pages
   if (bytes >= (1u << 20)) {
     void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     STD_TORCH_CHECK(pages != MAP_FAILED, "out of memory: ", bytes,
-                    " bytes for the gradient of the logits");
+                    " bytes for a result of the size of the logits");
     madvise(pages, bytes, MADV_HUGEPAGE);  // a hint: without it, or without support, only slower
     const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1};
-    return {torch::stable::from_blob(pages, {sizes, 3}, {strides, 3}, like.device(),
-                                     like.scalar_type(), [bytes](void* p) { munmap(p, bytes); }),
+    return {torch::stable::from_blob(pages, {sizes, 3}, {strides, 3}, like.device(), dtype,
+                                     [bytes](void* p) { munmap(p, bytes); }),
             true};
   }
 #endif
-  return {torch::stable::new_empty(like, {sizes, 3}), false};
+  return {torch::stable::new_empty(like, {sizes, 3}, dtype), false};
+}
+inline FreshTensor fresh_like(const torch::stable::Tensor& like) {
+  return fresh_like(like, like.scalar_type(), like.element_size());
 }
 
 template <class T>

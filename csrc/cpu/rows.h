@@ -45,4 +45,27 @@ void for_each_stripe(int64_t rows, int64_t vocab, const F& f) {
   });
 }
 
+// read(row, stripe, first, length) for all stripes of a row, and then write(row, first, length) for
+// all. One thread does both where there are rows enough, and finds in its cache what it has read.
+template <class Read, class Write>
+void for_each_row_twice(int64_t rows, int64_t vocab, const Read& read, const Write& write) {
+  // 4: no thread then has over a third more to do than another
+  if (rows < 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+    for_each_stripe(rows, vocab, read);
+    for_each_stripe(rows, vocab, [&](int64_t row, int64_t, int64_t first, int64_t length) {
+      write(row, first, length);
+    });
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, kStripe / vocab);
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t first = 0; first < vocab; first += kStripe)
+        read(row, first / kStripe, first, std::min(kStripe, vocab - first));
+      for (int64_t first = 0; first < vocab; first += kStripe)
+        write(row, first, std::min(kStripe, vocab - first));
+    }
+  });
+}
+
 }  // namespace pyllmtune

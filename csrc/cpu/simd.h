@@ -95,6 +95,28 @@ inline F32x16 exp_of(F32x16 x) {
   return p * pow2_of_shifted(half) * pow2_of_shifted(n - (half - F32x16(kShift)) + F32x16(kShift));
 }
 
+// ln x for normal x > 0, 1 ulp: Cephes' polynomial of the mantissa in [sqrt(1/2), sqrt(2)). What it
+// returns for 0, subnormal, negative and NaN is of no use.
+inline F32x16 log_of(F32x16 x) {
+  F32x16 e = exponent_of(x), m = mantissa_of(x);
+  const Mask16 high = m > F32x16(1.41421356f);
+  e = select(high, e + F32x16(1.0f), e);
+  const F32x16 f = select(high, m * F32x16(0.5f), m) - F32x16(1.0f);
+  F32x16 p(7.0376836292e-2f);
+  p = fma_of(p, f, F32x16(-1.1514610310e-1f));
+  p = fma_of(p, f, F32x16(1.1676998740e-1f));
+  p = fma_of(p, f, F32x16(-1.2420140846e-1f));
+  p = fma_of(p, f, F32x16(1.4249322787e-1f));
+  p = fma_of(p, f, F32x16(-1.6668057665e-1f));
+  p = fma_of(p, f, F32x16(2.0000714765e-1f));
+  p = fma_of(p, f, F32x16(-2.4999993993e-1f));
+  p = fma_of(p, f, F32x16(3.3333331174e-1f));
+  const F32x16 square = f * f;
+  F32x16 y = fma_of(p * f, square, e * F32x16(-2.12194440e-4f));
+  y = fma_of(square, F32x16(-0.5f), y);
+  return fma_of(e, F32x16(0.693359375f), f + y);
+}
+
 // float64: one lane. The names are those of F32x16.
 struct F64x1 {
   using Scalar = double;
@@ -121,7 +143,9 @@ inline void store(double* p, F64x1 x) { *p = x.v; }
 inline void store_first(double*, F64x1, int64_t) {}
 inline double reduce_sum(F64x1 x) { return x.v; }
 inline double reduce_max(F64x1 x) { return x.v; }
+inline void stream(double* p, F64x1 x) { store(p, x); }
 inline F64x1 exp_of(F64x1 x) { return F64x1(exp(x.v)); }
+inline F64x1 log_of(F64x1 x) { return F64x1(log(x.v)); }
 inline F64x1 exp2_nonpositive(F64x1& y) {
   y.v = y.v < -1100.0 ? -1100.0 : y.v;
   return F64x1(y.v == -1100.0 ? 0.0 : exp2(y.v));

@@ -22,6 +22,16 @@ inline Mask16 operator!(Mask16 x) {
 inline int count(Mask16 x) {
   return __builtin_popcount(_mm256_movemask_ps(x.a)) + __builtin_popcount(_mm256_movemask_ps(x.b));
 }
+inline uint32_t bits_of(Mask16 x) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(x.a) | _mm256_movemask_ps(x.b) << 8);
+}
+inline Mask16 mask_of_bits(uint32_t bits) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i high = _mm256_slli_epi32(low, 8);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, low), low)),
+          _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, high), high))};
+}
 inline Mask16 load_mask(const bool* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m256i zero = _mm256_setzero_si256();
@@ -114,6 +124,24 @@ inline void store(float* p, F32x16 x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_
 inline void store(Bf16* p, F32x16 x) { narrow(p, x.a), narrow(p + 8, x.b); }
 inline void store(Fp16* p, F32x16 x) { narrow(p, x.a), narrow(p + 8, x.b); }
 
+inline void stream(float* p, F32x16 x) { _mm256_stream_ps(p, x.a), _mm256_stream_ps(p + 8, x.b); }
+template <class T>
+inline void stream(T* p, F32x16 x) {
+  store(p, x);
+}
+inline void end_streams() { _mm_sfence(); }
+
+inline __m256 exponent_of(__m256 x) {
+  const __m256i e = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(e, _mm256_set1_epi32(127)));
+}
+inline __m256 mantissa_of(__m256 x) {
+  const __m256i m = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x007fffff));
+  return _mm256_castsi256_ps(_mm256_or_si256(m, _mm256_set1_epi32(0x3f800000)));
+}
+inline F32x16 exponent_of(F32x16 x) { return {exponent_of(x.a), exponent_of(x.b)}; }
+inline F32x16 mantissa_of(F32x16 x) { return {mantissa_of(x.a), mantissa_of(x.b)}; }
+
 inline float reduce_sum(F32x16 x) {
   const __m256 a = _mm256_add_ps(x.a, x.b);
   const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -126,5 +154,35 @@ inline float reduce_max(F32x16 x) {
   const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
+
+// one rounding on every instruction set, unlike fma_of
+inline F32x16 fused_of(F32x16 a, F32x16 b, F32x16 c) { return fma_of(a, b, c); }
+
+// Sum of floats below 2^63, 0 or more, each cut to an integer: the 24-bit mantissa, shifted by the
+// exponent. A shift count below 0 is huge as an unsigned number, and such a shift gives 0.
+struct IntegerSum {
+  __m256i sum = _mm256_setzero_si256();
+
+  void add_four(__m128i mantissa, __m128i left) {
+    const __m256i m = _mm256_cvtepu32_epi64(mantissa), up = _mm256_cvtepi32_epi64(left);
+    const __m256i down = _mm256_sub_epi64(_mm256_setzero_si256(), up);
+    sum = _mm256_add_epi64(sum,
+                           _mm256_or_si256(_mm256_sllv_epi64(m, up), _mm256_srlv_epi64(m, down)));
+  }
+  void add_eight(__m256 x) {
+    const __m256i word = _mm256_castps_si256(x);
+    const __m256i fraction = _mm256_and_si256(word, _mm256_set1_epi32(0x7fffff));
+    const __m256i mantissa = _mm256_or_si256(fraction, _mm256_set1_epi32(0x800000));
+    const __m256i left = _mm256_sub_epi32(_mm256_srli_epi32(word, 23), _mm256_set1_epi32(150));
+    add_four(_mm256_castsi256_si128(mantissa), _mm256_castsi256_si128(left));
+    add_four(_mm256_extracti128_si256(mantissa, 1), _mm256_extracti128_si256(left, 1));
+  }
+  void add(F32x16 x) { add_eight(x.a), add_eight(x.b); }
+  int64_t total() const {
+    int64_t lane[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), sum);
+    return lane[0] + lane[1] + lane[2] + lane[3];
+  }
+};
 
 }  // namespace pyllmtune

@@ -12,6 +12,8 @@ inline Mask16 operator&(Mask16 a, Mask16 b) { return {static_cast<__mmask16>(a.b
 inline Mask16 operator|(Mask16 a, Mask16 b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
 inline Mask16 operator!(Mask16 a) { return {static_cast<__mmask16>(~a.bits)}; }
 inline int count(Mask16 a) { return __builtin_popcount(a.bits); }
+inline uint32_t bits_of(Mask16 a) { return a.bits; }
+inline Mask16 mask_of_bits(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
 inline Mask16 load_mask(const bool* p) {
   const __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm512_test_epi32_mask(lanes, lanes)};
@@ -73,6 +75,24 @@ inline void store(Fp16* p, F32x16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), raw);
 }
 
+// Past the cache, without reading the line first; p on a boundary of the vector's size.
+inline void stream(float* p, F32x16 x) { _mm512_stream_ps(p, x.v); }
+template <class T>
+inline void stream(T* p, F32x16 x) {  // two bytes an element
+  store(p, x);
+}
+inline void end_streams() { _mm_sfence(); }
+
+// x > 0 as m * 2^e, m in [1, 2); a subnormal x gives something finite.
+inline F32x16 exponent_of(F32x16 x) {
+  const __m512i e = _mm512_srli_epi32(_mm512_castps_si512(x.v), 23);
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(e, _mm512_set1_epi32(127)));
+}
+inline F32x16 mantissa_of(F32x16 x) {
+  const __m512i m = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x007fffff));
+  return _mm512_castsi512_ps(_mm512_or_si512(m, _mm512_set1_epi32(0x3f800000)));
+}
+
 // lanes i and i + 8 first, then i and i + 4, ...: the order that every instruction set follows
 inline float reduce_sum(F32x16 x) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
@@ -81,5 +101,20 @@ inline float reduce_sum(F32x16 x) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 inline float reduce_max(F32x16 x) { return _mm512_reduce_max_ps(x.v); }
+
+// one rounding on every instruction set, unlike fma_of
+inline F32x16 fused_of(F32x16 a, F32x16 b, F32x16 c) { return fma_of(a, b, c); }
+
+// Sum of floats below 2^63, 0 or more, each cut to an integer.
+struct IntegerSum {
+  __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
+
+  void add(F32x16 x) {
+    const __m256 upper = _mm512_extractf32x8_ps(x.v, 1);
+    low = _mm512_add_epi64(low, _mm512_cvttps_epi64(_mm512_castps512_ps256(x.v)));
+    high = _mm512_add_epi64(high, _mm512_cvttps_epi64(upper));
+  }
+  int64_t total() const { return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high)); }
+};
 
 }  // namespace pyllmtune

@@ -30,6 +30,16 @@ inline int count(Mask16 a) {
   PLT_LANES n += a.lane[i];
   return n;
 }
+inline uint32_t bits_of(Mask16 a) {
+  uint32_t bits = 0;
+  PLT_LANES bits |= static_cast<uint32_t>(a.lane[i]) << i;
+  return bits;
+}
+inline Mask16 mask_of_bits(uint32_t bits) {
+  Mask16 m;
+  PLT_LANES m.lane[i] = (bits >> i) & 1;
+  return m;
+}
 inline Mask16 load_mask(const bool* p) {
   Mask16 m;
   PLT_LANES m.lane[i] = p[i];
@@ -137,6 +147,30 @@ inline void store(T* p, F32x16 x) {
   PLT_LANES narrow(p + i, x.lane[i]);
 }
 
+template <class T>
+inline void stream(T* p, F32x16 x) {
+  store(p, x);
+}
+inline void end_streams() {}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline F32x16 exponent_of(F32x16 x) {
+  PLT_LANES x.lane[i] =
+      static_cast<float>(static_cast<int32_t>(bits_of(x.lane[i]) >> 23 & 0x1ff) - 127);
+  return x;
+}
+inline F32x16 mantissa_of(F32x16 x) {
+  PLT_LANES {
+    const uint32_t bits = (bits_of(x.lane[i]) & 0x007fffff) | 0x3f800000;
+    memcpy(&x.lane[i], &bits, sizeof bits);
+  }
+  return x;
+}
+
 inline float reduce_sum(F32x16 x) {
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
@@ -148,6 +182,23 @@ inline float reduce_max(F32x16 x) {
       x.lane[i] = x.lane[i] > x.lane[i + half] ? x.lane[i] : x.lane[i + half];
   return x.lane[0];
 }
+// one rounding on every instruction set, unlike fma_of
+inline F32x16 fused_of(F32x16 a, F32x16 b, F32x16 c) {
+  PLT_LANES a.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]);
+  return a;
+}
+
+// Sum of floats below 2^63, 0 or more, each cut to an integer.
+struct IntegerSum {
+  int64_t lane[16] = {};
+
+  void add(F32x16 x) { PLT_LANES lane[i] += static_cast<int64_t>(x.lane[i]); }
+  int64_t total() const {
+    int64_t sum = 0;
+    PLT_LANES sum += lane[i];
+    return sum;
+  }
+};
 #undef PLT_LANES
 
 }  // namespace pyllmtune

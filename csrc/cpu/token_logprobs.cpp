@@ -14,6 +14,7 @@
 
 #include "../math/online_softmax.h"
 #include "memory.h"
+#include "row_stats.h"
 #include "rows.h"
 #include "simd.h"
 #include "types.h"
@@ -22,59 +23,6 @@ namespace pyllmtune {
 namespace {
 
 using torch::stable::Tensor;
-
-constexpr int64_t kTile = 4096;  // 16 KiB of float32: half of the smallest first-level cache in use
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-template <class V, class T>
-typename V::Scalar tile_max(const T* z, int64_t n) {
-  using F = typename V::Scalar;
-  const V none(-std::numeric_limits<F>::infinity());
-  V m[4] = {none, none, none, none};
-  int64_t i = 0;
-  for (; i + 4 * V::kWidth <= n; i += 4 * V::kWidth)
-    for (int k = 0; k < 4; ++k) m[k] = max_of(load(z + i + k * V::kWidth), m[k]);
-  for (; i + V::kWidth <= n; i += V::kWidth) m[0] = max_of(load(z + i), m[0]);
-  if (i < n) m[0] = max_of(load_first(z + i, n - i, -std::numeric_limits<F>::infinity()), m[0]);
-  return reduce_max(max_of(max_of(m[0], m[1]), max_of(m[2], m[3])));
-}
-
-template <class V, class T>
-SoftmaxStats<typename V::Scalar> tile_stats(const T* z, int64_t n,
-                                            typename V::Scalar inv_temperature) {
-  using F = typename V::Scalar;
-  const F none = -std::numeric_limits<F>::infinity();
-  const F top = tile_max<V>(z, n);
-  const V base(top == none ? F(0) : top), scale(inv_temperature * F(kLog2E));
-  V sum[4], weighted[4];
-  for (int k = 0; k < 4; ++k) sum[k] = weighted[k] = V(F(0));
-  auto add = [&](int k, V logits) {
-    V y = (logits - base) * scale;
-    const V e = exp2_nonpositive(y);
-    sum[k] = sum[k] + e;
-    weighted[k] = fma_of(e, y, weighted[k]);
-  };
-  int64_t i = 0;
-  for (; i + 4 * V::kWidth <= n; i += 4 * V::kWidth)
-    for (int k = 0; k < 4; ++k) {
-      prefetch(z + i + k * V::kWidth + kTile);  // the next tile comes while this one is computed
-      add(k, load(z + i + k * V::kWidth));
-    }
-  for (; i + V::kWidth <= n; i += V::kWidth) add(0, load(z + i));
-  if (i < n) add(1, load_first(z + i, n - i, none));
-  return {top, reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          reduce_sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) * F(kLn2)};
-}
-
-template <class V, class T>
-SoftmaxStats<typename V::Scalar> stripe_stats(const T* z, int64_t n,
-                                              typename V::Scalar inv_temperature) {
-  SoftmaxStats<typename V::Scalar> stats;
-  for (int64_t i = 0; i < n; i += kTile)
-    stats = merge(stats, tile_stats<V>(z + i, std::min(kTile, n - i), inv_temperature),
-                  inv_temperature);
-  return stats;
-}
 
 // dz of one stripe, given `top` and `log_sum` of its row; `out` may be `z`.
 template <class V, class T>
@@ -117,12 +65,13 @@ void forward(const T* logits, const Rows& rows, scalar_of<T>* logprobs, scalar_o
   using F = scalar_of<T>;
   const int64_t stripes = stripes_of(rows.vocab);
   std::vector<SoftmaxStats<F>> parts(rows.count * stripes);
-  for_each_stripe(
-      rows.count, rows.vocab, [&](int64_t row, int64_t stripe, int64_t first, int64_t length) {
-        if (!rows.selected(row)) return;
-        const T* z = logits + rows.layout.offset(row) + first;
-        parts[row * stripes + stripe] = stripe_stats<V>(z, length, rows.inv_temperature<F>(row));
-      });
+  for_each_stripe(rows.count, rows.vocab,
+                  [&](int64_t row, int64_t stripe, int64_t first, int64_t length) {
+                    if (!rows.selected(row)) return;
+                    const T* z = logits + rows.layout.offset(row) + first;
+                    parts[row * stripes + stripe] =
+                        stripe_stats<V, true>(z, length, rows.inv_temperature<F>(row));
+                  });
   for (int64_t row = 0; row < rows.count; ++row) {
     if (!rows.selected(row)) {
       logprobs[row] = entropy[row] = logsumexp[row] = stats[row] = stats[rows.count + row] = F(0);

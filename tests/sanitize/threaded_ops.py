@@ -4,7 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from pyllmtune import PolicyLossConfig, policy_loss, token_logprobs
+from pyllmtune import (
+    PolicyLossConfig,
+    filter_logits,
+    policy_loss,
+    sample,
+    temperature_softmax,
+    token_logprobs,
+)
 
 
 def work(seed: int) -> None:
@@ -12,6 +19,15 @@ def work(seed: int) -> None:
     logits = torch.randn(5, 70_000, generator=generator).requires_grad_()
     out = token_logprobs(logits, torch.tensor([0, 1, 2, 3, 69_999]), backend="cpp")
     (out.logprobs.sum() + out.entropy.sum()).backward()
+    for rows in (2, 16):  # cut into stripes; done whole
+        part = torch.randn(rows, 40_000, generator=generator).requires_grad_()
+        temperature = torch.ones(rows, requires_grad=True)
+        temperature_softmax(part, temperature, log=True, backend="cpp").sum().backward()
+    z = logits.detach()
+    for filters in ({"top_k": 20}, {"top_p": 0.9}, {"top_k": 5000}, {}):
+        sample(z, **filters, return_stats=True, return_kept=True, backend="cpp")
+        sample(z[:1], **filters, logprobs="raw", backend="cpp")  # one row on all threads
+    filter_logits(z, top_p=0.9, backend="cpp")
     old = torch.randn(6, 3000, generator=generator)
     logprobs = old.clone().requires_grad_()
     config = PolicyLossConfig(level="sequence", aggregation="seq-mean-token-mean")

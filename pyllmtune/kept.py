@@ -1,0 +1,73 @@
+"""The tokens that survived a sampler's filters, ragged: what the trainer needs to score exactly the
+distribution that was sampled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeptTokens(NamedTuple):
+    """Token ids of N rows, one after the other (CSR).
+
+    offsets: ``[N + 1]`` int64; row i owns ``token_ids[offsets[i]:offsets[i + 1]]``.
+    token_ids: ``[offsets[N]]`` int32, ascending within a row.
+
+    >>> kept = KeptTokens.from_mask(torch.tensor([[True, False, True], [False, True, False]]))
+    >>> kept.token_ids
+    tensor([0, 2, 1], dtype=torch.int32)
+    >>> kept.to_mask(3)
+    tensor([[ True, False,  True],
+            [False,  True, False]])
+    """
+
+    offsets: Tensor
+    token_ids: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens of each row, ``[N]`` int64."""
+        return self.offsets.diff()
+
+    @classmethod
+    def from_counts(cls, counts: Tensor, token_ids: Tensor) -> KeptTokens:
+        """From the number of tokens of each row ``[...]`` and all ids, row after row."""
+        offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+        torch.cumsum(counts.reshape(-1), 0, out=offsets[1:])
+        return cls(offsets, token_ids)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> KeptTokens:
+        """From a bool mask ``[..., V]``, leading axes taken as rows. On a GPU this waits for the
+        device: the number of ids decides a shape.
+
+        Raises:
+            TypeError: ``mask`` is not a bool tensor.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() == 0:
+            raise TypeError("mask must be a bool tensor [..., V]; compare logits with -inf to get one")
+        rows = mask.reshape(-1, mask.shape[-1])  # [N, V]
+        return cls.from_counts(rows.sum(-1), rows.nonzero()[:, 1].int())
+
+    def to_mask(self, vocab: int) -> Tensor:
+        """Bool ``[N, vocab]``, true where kept.
+
+        Raises:
+            ValueError: an id is outside the vocabulary (on the CPU).
+        """
+        ids = self.token_ids
+        if ids.numel() and ids.device.type == "cpu" and int(ids.max()) >= vocab:
+            raise ValueError(f"vocab must exceed every token id, got {vocab} for {int(ids.max())}")
+        row = torch.repeat_interleave(
+            torch.arange(self.num_rows, device=ids.device), self.counts, output_size=ids.shape[0]
+        )
+        mask = torch.zeros(self.num_rows, vocab, dtype=torch.bool, device=ids.device)
+        mask[row, ids.long()] = True
+        return mask
