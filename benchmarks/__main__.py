@@ -8,12 +8,22 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks import bench_policy_loss, bench_token_logprobs, machine, report, targets
+from benchmarks import (
+    bench_policy_loss,
+    bench_temperature_softmax,
+    bench_token_logprobs,
+    machine,
+    report,
+    targets,
+)
 from benchmarks.cases import Case
 from benchmarks.options import Options, parse
 from benchmarks.protocol import measure
 
-BENCHES = {bench.OP: bench for bench in (bench_token_logprobs, bench_policy_loss)}
+BENCHES = {
+    bench.OP: bench
+    for bench in (bench_temperature_softmax, bench_token_logprobs, bench_policy_loss)
+}
 
 
 def main(argv: list[str] | None = None) -> int:

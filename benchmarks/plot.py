@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 COLORS = {"pyllmtune": "#0b6e99", "eager": "#9aa5b1", "torch.compile": "#e08e45", "trl": "#7a5195"}
-SWEEPS = {"forward over V": 1, "forward over N": 0}  # the axis of the shape that varies
+SWEEPS = {
+    "forward over V": 1,
+    "forward over N": 0,
+    "out= over N": 0,
+}  # the axis of the shape that varies
 INK = "#2b3440"
 
 

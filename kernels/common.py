@@ -7,7 +7,9 @@ layouts, the order of a sum: the same for all rows of a tensor.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +25,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # 2^-200 is 0 in float32: a finite stand-in for exponents of -inf, since 0 * -inf would be NaN
 LOWEST_EXPONENT = tl.constexpr(-200.0)
+
+# read once, as Triton reads it when a kernel is decorated
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def device_function(function: Callable) -> Any:
+    """``triton.jit`` of a function that kernels call.
+
+    Interpreted it is left as it is: the interpreter's wrapper patches all of triton.language again
+    at each call, which takes longer than most of these functions.
+    """
+    return function if INTERPRETED.value else triton.jit(function)
 
 
 def vector_size(dtype: torch.dtype) -> int:

@@ -11,8 +11,8 @@ from pyllmtune.losses.metrics import PolicyLossMetrics
 from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
-from pyllmtune.ops.temperature_softmax import temperature_softmax
 from pyllmtune.ops.sample import SampleOutput, greedy, sample
+from pyllmtune.ops.temperature_softmax import temperature_softmax
 from pyllmtune.ops.token_logprobs import TokenLogprobs, token_logprobs
 from pyllmtune.rewards import keyword_reward
 

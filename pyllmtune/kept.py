@@ -52,7 +52,9 @@ class KeptTokens(NamedTuple):
             TypeError: ``mask`` is not a bool tensor.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() == 0:
-            raise TypeError("mask must be a bool tensor [..., V]; compare logits with -inf to get one")
+            raise TypeError(
+                "mask must be a bool tensor [..., V]; compare logits with -inf to get one"
+            )
         rows = mask.reshape(-1, mask.shape[-1])  # [N, V]
         return cls.from_counts(rows.sum(-1), rows.nonzero()[:, 1].int())
 

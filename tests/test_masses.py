@@ -35,7 +35,10 @@ def test_uniform_uses_every_bit_of_seed_and_position():
     positions = torch.tensor([0, 5, 2**33, 2**62, 1])
     samples = torch.tensor([0, 1, 2, 3, 4])
     got = masses.uniform(seeds, positions, samples).tolist()
-    want = [cases.exact_uniform(*x) for x in zip(*(t.tolist() for t in (seeds, positions, samples)), strict=True)]
+    want = [
+        cases.exact_uniform(*x)
+        for x in zip(*(t.tolist() for t in (seeds, positions, samples)), strict=True)
+    ]
     assert [value % 2**64 for value in got] == want
     assert len(set(want)) == 5
 

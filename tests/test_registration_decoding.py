@@ -1,4 +1,4 @@
-"""The decoding operators under torch's own checks: opcheck, compile without a break or a recompile."""
+"""The decoding operators under opcheck; torch.compile without a break or a recompile."""
 
 from __future__ import annotations
 

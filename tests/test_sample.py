@@ -83,7 +83,12 @@ def test_the_draw_inverts_the_exact_cumulative_masses(backend):
     draws = {"cpp": 200_000, "reference": 20_000}.get(backend, 300)
     seed = 12345
     out = sample(
-        *(row[None],), top_k=30, num_samples=draws, seed=seed, position=6, backend=helpers.use(backend)
+        *(row[None],),
+        top_k=30,
+        num_samples=draws,
+        seed=seed,
+        position=6,
+        backend=helpers.use(backend),
     )
     kept = sorted(cases.ranked(row)[:30])
     masses = cases.exact_masses(row)
@@ -220,7 +225,11 @@ def test_greedy_takes_the_first_of_equals(backend):
     assert out.tokens.tolist() == [1, 0]
     torch.testing.assert_close(out.logprobs, z.log_softmax(-1).amax(-1), atol=1e-6, rtol=1e-6)
     mixed = sample(
-        *(z,), temperature=torch.tensor([0.0, 1.0]), seed=4, **EVERYTHING, backend=helpers.use(backend)
+        *(z,),
+        temperature=torch.tensor([0.0, 1.0]),
+        seed=4,
+        **EVERYTHING,
+        backend=helpers.use(backend),
     )
     assert mixed.tokens[0] == 1 and mixed.num_kept.tolist() == [1, 3]
     assert mixed.logprobs["processed"][0] == 0 and mixed.kept_mass[0] == 1 and mixed.entropy[0] == 0
@@ -234,7 +243,9 @@ def test_seeds():
     torch.manual_seed(3)
     assert torch.equal(first, sample(z).tokens) and len(first.unique()) > 50
     generator = torch.Generator().manual_seed(3)
-    assert not torch.equal(sample(z, generator=generator).tokens, sample(z, generator=generator).tokens)
+    assert not torch.equal(
+        sample(z, generator=generator).tokens, sample(z, generator=generator).tokens
+    )
     assert len(sample(z, seed=7).tokens.unique()) == 1  # one seed, one random number
     assert len(sample(z, seed=7, position=torch.arange(64)).tokens.unique()) > 50
     several = sample(z[:1], seed=7, num_samples=64).tokens

@@ -121,10 +121,12 @@ def test_values_and_gradients(backend, dtype, vocab, log):
         with pytest.raises(ValueError, match=r"no kernel for torch\.float64"):
             temperature_softmax(random_logits(2, vocab, dtype=dtype), backend=helpers.use(backend))
         return
+    if vocab == VOCABS[-1] and dtype != torch.float32 and backend != "cpp":
+        return  # slow there, and of no other path than 1000 columns
     logits = random_logits(5, vocab, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     compare(backend, logits, torch.tensor(MIXED, dtype=wide), log)
-    if vocab < 50257:  # the slowest; one call has every kind of temperature
+    if vocab < VOCABS[-1]:  # the slowest; one call has every kind of temperature
         for temperature in (0.0, 1e-4, 0.7, 1.0, 1e4):
             compare(backend, logits[:2], temperature, log)
 

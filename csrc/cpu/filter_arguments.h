@@ -62,7 +62,8 @@ inline void check_logits(const torch::stable::Tensor& logits) {
   STD_TORCH_CHECK(vocab <= INT32_MAX, "logits must have fewer than 2^31 columns, got ", vocab);
 }
 
-// f(begin, end) over rows: on all threads if every one gets a row; else here, and each row is split.
+// f(begin, end) over rows: on all threads if every one gets a row; else here, and each row is
+// split.
 template <class Function>
 void for_rows(int64_t rows, int64_t vocab, const Function& f) {
   if (rows < static_cast<int64_t>(torch::stable::get_num_threads())) return f(int64_t(0), rows);

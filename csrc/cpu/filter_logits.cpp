@@ -85,10 +85,12 @@ void forward(const T* logits, RowLayout layout, const FilterArguments& arguments
       }
       filter.find(compared, vocab, arguments[row]);
       if (filter.valid)
-        write_row(z, filter, compared, inverse_of<F>(temperature, arguments.temperature, row), vocab, to);
+        write_row(z, filter, compared, inverse_of<F>(temperature, arguments.temperature, row),
+                  vocab, to);
       else
-        fill(to, vocab, filter.nothing_allowed() ? -std::numeric_limits<F>::infinity()
-                                                 : std::numeric_limits<F>::quiet_NaN());
+        fill(to, vocab,
+             filter.sound() ? -std::numeric_limits<F>::infinity()
+                                      : std::numeric_limits<F>::quiet_NaN());
     }
   });
 }
@@ -151,12 +153,13 @@ Tensor filter_logits_backward(const Tensor& grad, const Tensor& output, double t
     T* dz = data<T>(out);
     const F none = -std::numeric_limits<F>::infinity();
     for_each_stripe(rows, vocab, [&](int64_t row, int64_t, int64_t first, int64_t length) {
-      const V inverse(inverse_of<F>(temperature, temperatures, row));
+      const F inverse = inverse_of<F>(temperature, temperatures, row);
       const int64_t begin = row * vocab + first;
       for (int64_t i = begin; i < begin + length; i += V::kWidth) {
         const int64_t n = begin + length - i;
         const V value = load_up_to<V>(kept + i, n, none);
-        const V scaled = load_up_to<V>(g + i, n, F(0)) * inverse;
+        V scaled(F(0));  // of a greedy row, whatever its upstream gradient holds
+        if (inverse != F(0)) scaled = load_up_to<V>(g + i, n, F(0)) * V(inverse);
         // a row of NaN has a gradient of NaN
         const V gated = select(value > V(none), scaled, select(value == V(none), V(F(0)), value));
         store_up_to(dz + i, gated, n);

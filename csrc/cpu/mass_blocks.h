@@ -70,7 +70,8 @@ inline F32x16 exponents(F32x16 z, const Scale& scale) {
   return (z - F32x16(scale.top)) * F32x16(scale.rate);
 }
 
-// mass_of (csrc/math/masses.h), as a float before it is cut to an integer. Raises y to -64 at least.
+// mass_of (csrc/math/masses.h), as a float before it is cut to an integer. Raises y to -64 at
+// least.
 inline F32x16 masses(F32x16& y, int bits) {
   y = max_of(y, F32x16(kMassLowest));
   const F32x16 shifted = y + F32x16(kMassRound);

@@ -41,8 +41,8 @@ struct Threshold {  // where a prefix ends: among the tokens of value z, after `
   int64_t ties;
 };
 
-// The shortest prefix of `list` whose mass reaches `need`, at least 1 and at most that of the whole.
-// Weighted quickselect with three parts; reorders the list.
+// The shortest prefix of `list` whose mass reaches `need`, at least 1 and at most that of the
+// whole. Weighted quickselect with three parts; reorders the list.
 inline Threshold select_prefix(std::vector<Candidate>& list, int64_t need) {
   auto low = list.begin(), high = list.end();
   while (true) {
@@ -93,7 +93,7 @@ class RowFilter {
     }
   }
 
-  bool nothing_allowed() const { return !valid && sound_ && allowed_ == 0; }
+  bool sound() const { return sound_; }  // the row holds neither NaN nor +inf
   int64_t blocks() const { return static_cast<int64_t>(block_max.size()); }
   const T* begin(int64_t block) const { return z_ + block * kBlock; }
   int64_t length(int64_t block) const { return std::min(kBlock, vocab_ - block * kBlock); }
@@ -365,8 +365,8 @@ class RowFilter {
                           block_max[block] == kNone;
         if (!kCut && skip) continue;
         if (kCut && block_max[block] < of.z) continue;
-        parts[block] = block_masses<kCut, kWeighted>(begin(block), length(block), block * kBlock,
-                                                     by, of);
+        parts[block] =
+            block_masses<kCut, kWeighted>(begin(block), length(block), block * kBlock, by, of);
       }
     });
     Masses sum;

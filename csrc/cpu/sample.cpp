@@ -1,5 +1,5 @@
-// sample: draw tokens from the filtered softmax of a row, by inverting the cumulative integer masses
-// of its kept tokens, in order of id, at one 64-bit Philox number a draw.
+// sample: draw tokens from the filtered softmax of a row, by inverting the cumulative integer
+// masses of its kept tokens, in order of id, at one 64-bit Philox number a draw.
 //
 //   logits [outer, inner, V] -> tokens [R, S], R rows (all, or row_indices [R]), S draws a row
 //   token = first id with  sum of kept masses up to it > floor(u * kept mass / 2^64)
@@ -119,7 +119,8 @@ struct Prepared {
     else
       for (int64_t block = 0; block < filter.blocks(); ++block)
         if (filter.block_max[block] >= x.z)
-          ahead += count_ahead(filter.begin(block), filter.length(block), block * kBlock, x.z, x.id);
+          ahead +=
+              count_ahead(filter.begin(block), filter.length(block), block * kBlock, x.z, x.id);
     return ahead + 1;
   }
 };
@@ -149,8 +150,8 @@ void draw_row(const Prepared<T>& prepared, int64_t row, const Request& request, 
   for (int64_t s = 0; s < request.samples; ++s) {
     const int64_t i = row * request.samples + s;
     const uint64_t u = uniform_of(request.seed[row], request.position[row], s);
-    const Candidate x = prepared.draw(static_cast<int64_t>(
-        multiply_high(u, static_cast<uint64_t>(prepared.mass))));
+    const Candidate x =
+        prepared.draw(static_cast<int64_t>(multiply_high(u, static_cast<uint64_t>(prepared.mass))));
     out.tokens[i] = x.id;
     if (request.want_stats) out.rank[i] = prepared.rank(x);
     if (!request.want_scores) continue;
@@ -203,8 +204,8 @@ void copy_allowed(const T* z, const Request& request, int64_t row, float* out) {
 
 template <class T>
 void sample_rows(const T* logits, RowLayout layout, const Request& request, Results& out) {
-  const bool copied = request.allowed != nullptr || request.allowed_words != nullptr ||
-                      std::is_same_v<T, double>;
+  const bool copied =
+      request.allowed != nullptr || request.allowed_words != nullptr || std::is_same_v<T, double>;
   // a double is read from its float copy alone; the other branch is then never taken
   using Direct = std::conditional_t<std::is_same_v<T, double>, float, T>;
   for_rows(request.rows, request.vocab, [&](int64_t first, int64_t last) {
@@ -268,12 +269,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     else
       words = data<const int32_t>(*allowed);
   }
-  const Request request{
-      filter_arguments(rows, temperature, row_temperature, top_k, row_top_k, top_p, row_top_p,
-                       min_p, row_min_p, order),
-      {seed, row_seed, rows, ScalarType::Long, "row_seed"},
-      {position, row_position, rows, ScalarType::Long, "row_position"},
-      rows, num_samples, vocab, mask, words, shared, indices, logprobs, return_stats, return_kept};
+  const Request request{filter_arguments(rows, temperature, row_temperature, top_k, row_top_k,
+                                         top_p, row_top_p, min_p, row_min_p, order),
+                        {seed, row_seed, rows, ScalarType::Long, "row_seed"},
+                        {position, row_position, rows, ScalarType::Long, "row_position"},
+                        rows,
+                        num_samples,
+                        vocab,
+                        mask,
+                        words,
+                        shared,
+                        indices,
+                        logprobs,
+                        return_stats,
+                        return_kept};
 
   const int64_t some = return_stats ? rows : 0;
   const auto make = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -288,9 +297,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   Tensor entropy = make({some}, ScalarType::Float);
   float* score = data<float>(scores);
   const int64_t draws = rows * num_samples;
-  Results out{data<int64_t>(tokens),  data<int64_t>(rank), data<int64_t>(num_kept),
-              data<bool>(valid),      score,               score + (logprobs ? draws : 0),
-              score + (logprobs ? 2 * draws : 0), data<float>(kept_mass), data<float>(entropy), {}};
+  Results out{data<int64_t>(tokens),
+              data<int64_t>(rank),
+              data<int64_t>(num_kept),
+              data<bool>(valid),
+              score,
+              score + (logprobs ? draws : 0),
+              score + (logprobs ? 2 * draws : 0),
+              data<float>(kept_mass),
+              data<float>(entropy),
+              {}};
   if (return_kept) out.kept.resize(rows);
   if (rows > 0)
     with_element_type(logits.scalar_type(), [&](auto element) {

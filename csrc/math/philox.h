@@ -17,8 +17,7 @@ struct Philox {
   uint32_t word[4];
 };
 
-PLT_HD Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
-                     uint32_t k1) {
+PLT_HD Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0;
     const uint64_t b = static_cast<uint64_t>(0xCD9E8D57u) * c2;

@@ -37,6 +37,6 @@ def filter_logits(
     inverse = torch.where(found.greedy, 0.0, 1 / torch.where(found.greedy, 1.0, t))  # [rows]
     scaled = rows.to(dtype) * inverse[:, None]  # [rows, V]
     bad = rows.isnan().any(-1) | (rows == math.inf).any(-1)  # [rows]
-    out = torch.where(found.kept, scaled, -math.inf)
-    out = torch.where(bad[:, None], math.nan, out)
+    spoiled = torch.where(bad, math.nan, 1).to(dtype)[:, None]  # NaN in value and gradient
+    out = torch.where(found.kept | bad[:, None], scaled * spoiled, -math.inf)
     return out.to(logits.dtype).reshape(logits.shape)

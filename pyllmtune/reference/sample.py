@@ -53,7 +53,7 @@ def sample(
     rows = logits.reshape(-1, logits.shape[-1])  # [rows, V]
     if row_indices is not None:
         rows = rows[row_indices]  # [R, V]
-    count, vocab = rows.shape
+    vocab = rows.shape[-1]
     bits = masses.mass_bits(vocab)
     if allowed is not None:
         mask = allowed if allowed.dtype == torch.bool else unpack_bits(allowed, vocab)
@@ -70,7 +70,7 @@ def sample(
     target = masses.multiply_high(
         masses.uniform(seeds, positions, sample_index), cumulative[:, -1:]
     )  # [R, S] in [0, kept mass)
-    tokens = (cumulative[:, None] <= target[..., None]).sum(-1)  # [R, S]
+    tokens = torch.searchsorted(cumulative, target, right=True)  # [R, S]
     tokens = torch.where(valid, tokens.clamp(max=vocab - 1), 0)
 
     empty = rows.new_empty(0, dtype=torch.float32)

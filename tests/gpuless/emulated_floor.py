@@ -108,6 +108,70 @@ def token_logprobs_backward_inplace(logits: Tensor, *rest: Tensor) -> None:
     _gradient_into(logits, logits, *rest)
 
 
+def temperature_softmax(
+    logits: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    log: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=dtype)
+    temperature_softmax_out(logits, temperature, row_temperature, log, out)
+    return out
+
+
+def temperature_softmax_out(
+    logits: Tensor, temperature: float, row_temperature: Tensor | None, log: bool, out: Tensor
+) -> None:
+    outer, inner, vocab = logits.shape
+    library("temperature_softmax").call(
+        "temperature_softmax",
+        *map(_dtype_code, (logits, out)),
+        logits,
+        *logits.stride()[:2],
+        out,
+        *out.stride()[:2],
+        outer * inner,
+        inner,
+        vocab,
+        float(temperature),
+        _flat(row_temperature),
+        int(log),
+    )
+
+
+def temperature_softmax_backward(
+    grad: Tensor,
+    output: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    log: bool,
+    dtype: torch.dtype,
+    temperature_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    outer, inner, vocab = output.shape
+    grad_logits = torch.empty(output.shape, dtype=dtype)
+    grad_temperature = torch.empty((outer, inner) if temperature_gradient else (0, 0))
+    library("temperature_softmax").call(
+        "temperature_softmax_backward",
+        *map(_dtype_code, (grad_logits, output)),
+        grad,
+        *grad.stride()[:2],
+        output,
+        *output.stride()[:2],
+        grad_logits,
+        *grad_logits.stride()[:2],
+        grad_temperature if temperature_gradient else None,
+        outer * inner,
+        inner,
+        vocab,
+        float(temperature),
+        _flat(row_temperature),
+        int(log),
+    )
+    return grad_logits, grad_temperature
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -151,11 +215,20 @@ def policy_loss(
 @functools.cache
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
+    from . import emulated_decoding as decoding  # it uses what is above
+
     _ops.add_floor(FLOOR)
     kernels = (
         token_logprobs,
         token_logprobs_backward,
         token_logprobs_backward_inplace,
+        temperature_softmax,
+        temperature_softmax_out,
+        temperature_softmax_backward,
+        decoding.filter_logits,
+        decoding.filter_logits_out,
+        decoding.filter_logits_backward,
+        decoding.sample,
         policy_loss,
     )
     for kernel in kernels:

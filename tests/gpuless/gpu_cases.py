@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllmtune import PolicyLossConfig, policy_loss, token_logprobs
+from pyllmtune import PolicyLossConfig, policy_loss, temperature_softmax, token_logprobs
 from pyllmtune.losses.metrics import MAXIMA, SUMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +90,18 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor | float, what: str) -
         f"{what}: {int(wrong.sum())} of {wrong.numel()} wrong, the first is {float(got[wrong][0])} "
         f"instead of {float(want[wrong][0])}"
     )
+
+
+# ---- temperature_softmax
+
+
+def softmax(
+    logits: Tensor, temperature: Tensor, log: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, ...]:
+    """Result in ``dtype`` and the gradients in logits and temperatures, of the view itself."""
+    leaf, learnt = logits.detach().requires_grad_(), temperature.detach().requires_grad_()
+    out = temperature_softmax(leaf, learnt, log=log, dtype=dtype, backend=backend)
+    return out.detach(), *torch.autograd.grad(out, (leaf, learnt), torch.ones_like(out).cumsum(-1))
 
 
 # ---- policy_loss

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+
+from tests.test_temperature_softmax import compare as assert_softmax
 
 from . import gpu_cases as cases
 from .emulator import run_sanitized
@@ -56,6 +59,9 @@ def every_result():
     weights[:, 1, 1] = 0
     mask = torch.tensor([[True, True, False], [True, True, True]])
     results = [*cases.score(logits, tokens, weights, "emulated", mask=mask)]
+    temperature = torch.tensor([[0.7, 0.0, 1.0], [1e-3, 2.0, 0.0]])
+    for log, dtype in itertools.product((False, True), (torch.bfloat16, torch.float32)):
+        results += cases.softmax(logits, temperature, log, dtype, "emulated")
     for config in cases.policy_configs()[::17]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), False)
         results += cases.run_policy(config, inputs, "emulated", torch.float32)
@@ -65,7 +71,7 @@ def every_result():
 def test_bits_do_not_depend_on_the_order_of_threads(floor):
     want = every_result()  # threads by index
     for seed in (1, 2, 3, 0):
-        for word in ("token_logprobs", "policy_loss"):
+        for word in ("token_logprobs", "temperature_softmax", "policy_loss"):
             floor.library(word).seed(seed)
         assert all(torch.equal(a, b) for a, b in zip(every_result(), want, strict=True))
 
@@ -98,6 +104,9 @@ def test_small_grids():
         for vocab, layout in ((7, "contiguous"), (300, "unaligned"), (264, "shifted")):
             logits = cases.logits_of(layout, vocab, dtype)
             cases.assert_scores(logits, torch.randint(0, vocab, (2, 3)), "emulated")
+            for log, result in ((False, dtype), (True, torch.float32)):
+                temperature = torch.tensor([[0.7, 0.0, 1.0], [1e-3, 2.0, 0.0]])
+                assert_softmax("emulated", logits, temperature, log, result)
     for config in cases.policy_configs()[::19]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), True)
         cases.assert_policy(config, inputs, "emulated")

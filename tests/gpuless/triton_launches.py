@@ -38,7 +38,13 @@ def compiled_launches() -> list[dict[str, Any]]:
 def calls() -> list[tuple[str, Any]]:
     """Every function, with and without each optional argument, as (description, call)."""
     import torch
-    from pyllmtune.kernels import policy_loss, token_logprobs
+    from pyllmtune.kernels import (
+        filter_logits,
+        policy_loss,
+        sample,
+        temperature_softmax,
+        token_logprobs,
+    )
 
     found = []
     for dtype, vocab, optional in itertools.product(
@@ -63,6 +69,42 @@ def calls() -> list[tuple[str, Any]]:
                     token_logprobs.token_logprobs_backward,
                     token_logprobs.token_logprobs_backward_inplace,
                 )
+            ),
+        ]
+        softmax = (logits, 0.7, rows if optional else None, optional)
+        stored = torch.float32 if optional else dtype
+        output = torch.zeros(2, 3, vocab, dtype=stored)
+        found += [
+            (name, lambda args=(*softmax, stored): temperature_softmax.temperature_softmax(*args)),
+            (
+                name,
+                lambda args=(output, output, *softmax[1:], dtype, optional): (
+                    temperature_softmax.temperature_softmax_backward(*args)
+                ),
+            ),
+        ]
+        if dtype == torch.float16:
+            continue  # long kernels, compiled as for bfloat16
+        stored = output.to(dtype)
+        row, whole = rows.flatten(), rows.long().flatten()
+        given = (row, 3, whole, 0.9, row.double(), 0.1, row) if optional else (None, 0, None, 1.0)
+        filters = (0.7, *given, *((None, 0.0, None) if not optional else ()), int(optional))
+        words = torch.zeros(6, (vocab + 31) // 32, dtype=torch.int32)
+        draws = (3, 5, whole, 7, whole) if optional else (1, 5, None, 7, None)
+        masked = (words, whole) if optional else (None, None)
+        found += [
+            (name, lambda args=(logits, *filters): filter_logits.filter_logits(*args)),
+            (
+                name,
+                lambda args=(stored, stored, 0.7, filters[1]): filter_logits.filter_logits_backward(
+                    *args
+                ),
+            ),
+            (
+                name,
+                lambda args=(logits, *filters, *masked, *draws, *[optional] * 3): sample.sample(
+                    *args
+                ),
             ),
         ]
     tokens, offsets = torch.zeros(40), torch.tensor([0, 8, 40])
@@ -91,6 +133,7 @@ def _facts(binary: bytes) -> Facts:
 
 
 def main() -> None:
+    import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -107,6 +150,7 @@ def main() -> None:
         return binary
 
     JITFunction.run = compile_only
+    torch.Tensor.new_empty = torch.Tensor.new_zeros  # of what no kernel writes, a size is read
     for name, call in calls():
         launched.clear()
         call()
