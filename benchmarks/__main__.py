@@ -9,7 +9,9 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks import (
+    bench_filter_logits,
     bench_policy_loss,
+    bench_sample,
     bench_temperature_softmax,
     bench_token_logprobs,
     machine,
@@ -22,7 +24,13 @@ from benchmarks.protocol import measure
 
 BENCHES = {
     bench.OP: bench
-    for bench in (bench_temperature_softmax, bench_token_logprobs, bench_policy_loss)
+    for bench in (
+        bench_temperature_softmax,
+        bench_filter_logits,
+        bench_sample,
+        bench_token_logprobs,
+        bench_policy_loss,
+    )
 }
 
 

@@ -14,6 +14,8 @@ from benchmarks.report import Row
 THREADS = 2
 SHAPES = {
     "temperature_softmax": "64x151936",
+    "filter_logits": "64x151936",
+    "sample": "64x151936",
     "token_logprobs": "64x151936",
     "policy_loss": "64x4096",
 }
@@ -23,6 +25,18 @@ SPEEDUPS = {
         ("new output", "float32", "eager", 2.0),
         ("new output", "float32", "clone", 0.8),
         ("out=", "float32", "eager", 9.0),
+    ),
+    "filter_logits": (
+        ("top-p .95, peaked", "float32", "eager", 25.0),
+        ("top-p .95, flat", "float32", "eager", 25.0),
+    ),
+    "sample": (
+        ("plain, peaked", "float32", "eager", 60.0),
+        ("top-k 50, peaked", "float32", "eager", 60.0),
+        ("top-p .95, peaked", "float32", "eager", 150.0),
+        ("top-p .95, flat", "float32", "eager", 40.0),
+        ("one row, plain", "float32", "eager", 25.0),
+        ("one row, top-p .95", "float32", "eager", 60.0),
     ),
     "token_logprobs": (
         ("forward", "float32", "torch.compile", 2.8),
@@ -41,17 +55,25 @@ SPEEDUPS = {
 SHARE = 0.33  # of the dense backward: 30 % of the rows are to do, a tenth is for fixed costs
 SCALING = 1.8  # time on one thread over time on two
 SPREAD = 1.5  # slowest over fastest time per logit
+SPREADS = {
+    "token_logprobs": ("forward over V", "forward over N"),
+    "sample": ("top-p .95 over V", "top-p .95 over N"),
+}
+EXTRA = 1.15  # time with log-prob, rank and kept set over that of the bare draw
 
 
 def judge(op: str, rows: list[Row]) -> Iterator[str]:
     """A line for every target of ``op``: met, missed or not judged."""
     timed = [row for row in rows if row["op"] == op and row["median_ms"] != ""]
-    full = [row for row in timed if row["shape"] == SHAPES[op]]
+    full = [row for row in timed if row["shape"] == SHAPES[op] or row["case"].startswith("one row")]
     two = [row for row in full if row["threads"] == THREADS]
     yield from _speedups(op, two)
     if op == "token_logprobs":
         yield from _shares(two)
-        yield from _spreads(timed)
+    if op == "sample":
+        yield from _extras(two)
+    if op in SPREADS:
+        yield from _spreads(op, timed)
     yield from _scaling(full)
 
 
@@ -100,8 +122,19 @@ def _shares(rows: list[Row]) -> Iterator[str]:
             yield _not_judged(text)
 
 
-def _spreads(rows: list[Row]) -> Iterator[str]:
-    for case in ("forward over V", "forward over N"):
+def _extras(rows: list[Row]) -> Iterator[str]:
+    times = {(row["case"], row["dtype"]): row["median_ms"] for row in _ours(rows)}
+    for case in ("plain, peaked", "top-k 50, peaked", "top-p .95, peaked"):
+        more = times.get((f"{case} with log-prob, rank, kept set", "float32"))
+        bare = times.get((case, "float32"))
+        text = f"{case}: with log-prob, rank and kept set over the bare draw"
+        yield (
+            _line(text, more / bare, EXTRA, at_least=False) if bare and more else _not_judged(text)
+        )
+
+
+def _spreads(op: str, rows: list[Row]) -> Iterator[str]:
+    for case in SPREADS[op]:
         text = f"{case}: slowest over fastest time per logit"
         here = [row for row in _ours(rows) if row["case"] == case]
         costs = [row["median_ms"] / prod(map(int, row["shape"].split("x"))) for row in here]

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks import bench_token_logprobs, plot, report, targets
+from benchmarks import bench_token_logprobs, hf_sampling, plot, report, targets
 from benchmarks.__main__ import main
+from pyllmtune import filter_logits
 
 SMALL = ["--quick", "--threads", "1", "--repeat", "2"]
 
@@ -30,7 +31,7 @@ def _as_a_user_runs_it():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("word", ("temperature_softmax", "token_logprobs", "policy_loss"))
+@pytest.mark.parametrize("word", (*targets.SHAPES,))
 def test_quick_run_saves_every_provider(word, tmp_path, capsys):
     assert main([word, *SMALL, "--save", "--output", str(tmp_path)]) == 0
     assert "WRONG" not in capsys.readouterr().out
@@ -191,3 +192,13 @@ def test_targets_are_met_missed_or_not_judged():
     assert lines["forward, bfloat16: times as fast as trl"] == "not"
     assert lines["backward, 70 % of the rows zero: share of the dense backward"] == "met"
     assert lines["forward, float32: one thread over two"] == "MISSED"  # 1.5
+
+
+def test_the_baseline_of_sampling_keeps_what_ours_keeps():
+    """On rows whose cumulative sums are far from the threshold; of ties at rank k it keeps all."""
+    z = torch.randn(20, 500) * 3
+    for filters in ({"top_k": 7}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.8}):
+        got, want = hf_sampling.warp(z, **filters), filter_logits(z, **filters)
+        assert torch.equal(got, want)
+    drawn = hf_sampling.sample(z, top_k=3)
+    assert bool((filter_logits(z, top_k=3).gather(-1, drawn[:, None]) > -torch.inf).all())

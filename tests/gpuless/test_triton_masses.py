@@ -13,12 +13,11 @@ from .toolchain import require
 
 require("triton")
 
-import triton
-import triton.language as tl
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from pyllmtune.kernels import masses  # noqa: E402
 
-from pyllmtune.kernels import masses
-
-from .triton_guard import guard
+from .triton_guard import guard  # noqa: E402
 
 # numpy warns of the infinities that are computed with here
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
