@@ -90,7 +90,7 @@ void forward(const T* logits, RowLayout layout, const FilterArguments& arguments
       else
         fill(to, vocab,
              filter.sound() ? -std::numeric_limits<F>::infinity()
-                                      : std::numeric_limits<F>::quiet_NaN());
+                            : std::numeric_limits<F>::quiet_NaN());
     }
   });
 }

@@ -65,7 +65,7 @@ def _block_of(source: CudaSource, kernel: str) -> Block:
         if name in source.blocks:
             return source.blocks[name]
     raise GateFailure(
-        f"kernels_under_test.py does not say how {kernel} of {source.source} is launched"
+        f"tests/gpuless/under_test does not say how {kernel} of {source.source} is launched"
     )
 
 

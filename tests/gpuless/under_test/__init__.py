@@ -1,0 +1,1 @@
+"""One file a word: its kernels, as ``kernels_under_test`` collects them."""
