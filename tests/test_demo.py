@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import pyllmtune.demo
+from pyllmtune import sample
 from pyllmtune.demo import eager, fused, picture, table
 from pyllmtune.demo.evaluate import EXAMPLES, accuracy, few_shot_prompts
 from pyllmtune.demo.grpo import GrpoSettings, Run, rewards
 from pyllmtune.demo.lockstep import TOLERANCE, Lockstep
 from pyllmtune.demo.losses import Batch, objectives
 from pyllmtune.demo.model import Cache, ModelConfig, Transformer
-from pyllmtune.demo.rollout import answer_logits, draw, generate, pad_left, uniforms
+from pyllmtune.demo.rollout import answer_logits, answer_seeds, generate, pad_left, without_padding
 from pyllmtune.demo.supervised import document
 from pyllmtune.demo.task import Question, few_shot, is_right, make_split
 from pyllmtune.demo.train import Comparison
@@ -104,8 +105,8 @@ def test_cached_generation_equals_the_full_forward():
     tokens = pad_left(prompts)
     assert (tokens[0] == PAD).any() and not (tokens[1] == PAD).any()
     copies, length = 3, 12
-    uniform = uniforms(0, 1, 2 * copies, length)
-    answers = generate(model, tokens, length, copies=copies, uniform=uniform)
+    seeds = answer_seeds(0, 1, 2 * copies)
+    answers, logprobs = generate(model, tokens, length, copies=copies, seeds=seeds)
     with torch.no_grad():
         for row, answer in enumerate(answers):
             alone = torch.tensor([encode(prompts[row // copies])])
@@ -115,29 +116,27 @@ def test_cached_generation_equals_the_full_forward():
             cached += [
                 model(token.view(1, 1), cache)[:, -1] for token in answer[:-1] if token != PAD
             ]
-            torch.testing.assert_close(torch.cat(cached), full[: len(cached)], rtol=0, atol=1e-5)
-            full[:, PAD] = -torch.inf
-            drawn = draw(full, uniform[row, : len(full)])
+            cached = without_padding(torch.cat(cached))
+            torch.testing.assert_close(cached, full[: len(cached)], rtol=0, atol=1e-5)
+            drawn = sample(full, seed=int(seeds[row]), position=torch.arange(len(full)))
             ended = answer == PAD
-            assert torch.equal(drawn[~ended], answer[~ended])
+            assert torch.equal(drawn.tokens[~ended], answer[~ended])
             assert not ended.any() or answer[~ended][-1] == NEWLINE
+            # what the sampler calls processed is what the trainer calls log-prob
+            scored = fused.score(full[None], answer[None], ~ended[None])[0]
+            torch.testing.assert_close(logprobs[row], scored, rtol=0, atol=1e-5)
 
 
-def test_sampler_is_reproducible_and_follows_the_distribution():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 1e-9], dtype=torch.float64)
-    assert draw(logits.expand(6, 3), uniform).tolist() == [0, 0, 1, 1, 2, 2]
-    many = torch.rand(20_000, dtype=torch.float64)
-    shares = draw(logits.expand(20_000, 3), many).bincount() / 20_000
-    torch.testing.assert_close(shares, logits.exp(), rtol=0, atol=0.015)  # four standard deviations
-    assert torch.equal(uniforms(3, 5, 8, 4), uniforms(3, 5, 8, 4))
-    assert not torch.equal(uniforms(3, 5, 8, 4), uniforms(3, 6, 8, 4))
+def test_rollouts_are_reproducible_and_do_not_depend_on_the_batch():
+    assert torch.equal(answer_seeds(3, 5, 8), answer_seeds(3, 5, 8))
+    assert not torch.equal(answer_seeds(3, 5, 8), answer_seeds(3, 6, 8))
     torch.manual_seed(2)
     model, prompts = Transformer(SMALL), pad_left(["\n47+38=", "\n72-38="])
-    once, again = (generate(model, prompts, 8, uniform=uniforms(0, 1, 2, 8)) for _ in range(2))
-    assert torch.equal(once, again)
-    noisy = logits.expand(5000, 3) * (1 + 1e-7 * torch.randn(5000, 3))
-    assert torch.equal(draw(noisy, many[:5000]), draw(logits.expand(5000, 3), many[:5000]))
+    seeds = answer_seeds(0, 1, 2)
+    once, again = (generate(model, prompts, 8, seeds=seeds) for _ in range(2))
+    assert torch.equal(once.tokens, again.tokens)
+    alone = generate(model, prompts[1:], 8, seeds=seeds[1:]).tokens
+    assert torch.equal(alone[0], once.tokens[1, : alone.shape[1]])
 
 
 def batch_of_a_moved_policy(dtype: torch.dtype) -> tuple[torch.Tensor, Batch]:

@@ -34,7 +34,7 @@ def few_shot_prompts(questions: list[Question], pool: list[Question], seed: int 
 
 def answers(model: Transformer, prompts: list[str]) -> list[str]:
     """The greedy answer to each prompt, as text."""
-    return decode_rows(generate(model, pad_left(prompts), ANSWER_LENGTH).tolist())
+    return decode_rows(generate(model, pad_left(prompts), ANSWER_LENGTH).tokens.tolist())
 
 
 def accuracy(model: Transformer, questions: list[Question], pool: list[Question]) -> Accuracy:

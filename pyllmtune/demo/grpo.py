@@ -20,7 +20,7 @@ import pyllmtune
 from pyllmtune.demo.evaluate import Accuracy
 from pyllmtune.demo.losses import Batch, Library, Loss, Objective, normalizer
 from pyllmtune.demo.model import Transformer
-from pyllmtune.demo.rollout import ANSWER_LENGTH, answer_logits, generate, pad_left, uniforms
+from pyllmtune.demo.rollout import ANSWER_LENGTH, answer_logits, answer_seeds, generate, pad_left
 from pyllmtune.demo.task import Question, is_right, zero_shot
 from pyllmtune.demo.vocabulary import KEYWORDS, PAD, decode_rows
 
@@ -87,30 +87,28 @@ class Run:
         questions = random.Random(f"{settings.seed}/{step}").sample(self.pool, settings.questions)
         asked = pad_left([zero_shot(question) for question in questions])  # [questions, prompt]
         rows = settings.questions * settings.group_size
-        uniform = uniforms(settings.seed, step, rows, ANSWER_LENGTH)
-        self.answers = generate(
-            self.policy, asked, ANSWER_LENGTH, copies=settings.group_size, uniform=uniform
+        seeds = answer_seeds(settings.seed, step, rows)
+        self.answers, old_logprobs = generate(
+            self.policy, asked, ANSWER_LENGTH, copies=settings.group_size, seeds=seeds
         )
         right, keywords = rewards(questions, decode_rows(self.answers.tolist()))
         reward = right + settings.keyword_weight * keywords  # [B]
         prompts = asked.repeat_interleave(settings.group_size, dim=0)  # [B, prompt]
         self.sampling_seconds += time.perf_counter() - began
 
-        batch = self._batch(prompts, reward.to(self.policy.config.dtype))
+        batch = self._batch(prompts, old_logprobs, reward.to(self.policy.config.dtype))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
         for _ in range(UPDATES):
             if watch is not None:
                 watch(self.policy, prompts, batch)
             loss, grad_norm = self._update(prompts, batch)
-            if batch.old_logprobs is None:
-                batch = batch._replace(old_logprobs=loss.logprobs)
         means = (values.mean().item() for values in (reward, right, keywords))
         self.records.append(Record(step, *means, loss.value.item(), grad_norm, **loss.metrics))
         return self.records[-1]
 
-    def _batch(self, prompts: Tensor, reward: Tensor) -> Batch:
-        """What the updates hold fixed: advantages, and log-probs under the reference."""
+    def _batch(self, prompts: Tensor, old_logprobs: Tensor, reward: Tensor) -> Batch:
+        """What the updates hold fixed: the sampler's log-probs, the reference's, advantages."""
         began = time.perf_counter()
         answers, settings = self.answers, self.settings
         mask = answers != PAD
@@ -119,7 +117,7 @@ class Run:
             ref = self.library.score(logits, answers, mask)
         advantages = self.library.advantages(reward, settings.group_size, settings.objective.scale)
         self.update_seconds += time.perf_counter() - began
-        return Batch(answers, mask, None, ref, advantages)
+        return Batch(answers, mask, old_logprobs.to(ref.dtype), ref, advantages)
 
     def _update(self, prompts: Tensor, batch: Batch) -> tuple[Loss, float]:
         """One optimiser step: its loss, and the norm of the gradient before it was clipped."""

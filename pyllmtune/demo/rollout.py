@@ -1,15 +1,18 @@
-"""Answers from the model: batched decoding with the key-value cache, by inverse CDF.
+"""Answers from the model: batched decoding with the key-value cache, drawn by ``pyllmtune.sample``.
 
-A token is a function of (seed, step, row, position) and of the probabilities alone. The cumulative
-sum is float64, so two models that differ in their last bits draw the same token unless the uniform
+A token is a function of its answer's seed, its position and the logits alone, so a rollout does not
+depend on the batch. Two models that differ in their last bits draw the same token unless the random
 number falls within that difference of a boundary.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from pyllmtune import sample
 from pyllmtune.demo.model import Cache, Transformer
 from pyllmtune.demo.vocabulary import NEWLINE, PAD, encode
 
@@ -23,19 +26,15 @@ def pad_left(prompts: list[str]) -> Tensor:
     return torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
 
 
-def uniforms(seed: int, step: int, rows: int, length: int) -> Tensor:
-    """``[rows, length]`` float64 in [0, 1): the random numbers of one rollout."""
+def answer_seeds(seed: int, step: int, rows: int) -> Tensor:
+    """``[rows]`` int64: one for each answer of a rollout."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return torch.rand(rows, length, dtype=torch.float64, generator=generator)
+    return torch.randint(2**62, (rows,), generator=generator)
 
 
-def draw(logits: Tensor, uniform: Tensor | None) -> Tensor:
-    """``[B]``: the first token whose cumulative probability passes ``uniform``; None is greedy."""
-    if uniform is None:
-        return logits.argmax(-1)
-    cumulative = logits.double().softmax(-1).cumsum(-1)  # [B, V]
-    threshold = (uniform * cumulative[:, -1])[:, None]
-    return (cumulative <= threshold).sum(-1).clamp_(max=logits.shape[-1] - 1)
+class Rollout(NamedTuple):
+    tokens: Tensor  # [B, T] int64, padded
+    logprobs: Tensor  # [B, T] float32, of the distribution that was sampled; 0 at padding
 
 
 @torch.no_grad()
@@ -45,33 +44,41 @@ def generate(
     length: int,
     *,
     copies: int = 1,
-    uniform: Tensor | None = None,
-) -> Tensor:
-    """Answers ``[B * copies, T]``, each up to its newline, then padding; T is the longest's length.
+    seeds: Tensor | None = None,
+) -> Rollout:
+    """``B * copies`` answers, each up to its newline, then padding; T is the longest's length.
 
     Args:
         prompts: ``[B, T]`` token ids, padded on the left.
         length: most tokens an answer may have.
         copies: answers per prompt, in neighbouring rows.
-        uniform: ``[B * copies, length]`` float64 random numbers; None decodes greedily.
+        seeds: ``[B * copies]``, one an answer; None decodes greedily.
     """
     cache = Cache(model.config, len(prompts), prompts.shape[1] + length)
     logits = model(prompts, cache)[:, -1].repeat_interleave(copies, dim=0)
     cache.expand(copies)
     answers = torch.full((len(logits), length), PAD)
+    logprobs = torch.zeros(len(logits), length)
+    how = {"temperature": 0.0, "seed": 0} if seeds is None else {"seed": seeds}
     open_rows = torch.ones(len(logits), dtype=torch.bool)
     for position in range(length):
-        logits[:, PAD] = -torch.inf  # padding is not a token
-        tokens = draw(logits, None if uniform is None else uniform[:, position])
+        drawn = sample(without_padding(logits), position=position, logprobs="processed", **how)
+        tokens = drawn.tokens
         answers[:, position] = torch.where(open_rows, tokens, PAD)
+        logprobs[:, position] = torch.where(open_rows, drawn.logprobs, 0.0)
         open_rows &= tokens != NEWLINE
         if position + 1 == length or not open_rows.any():
             break
         logits = model(tokens[:, None], cache)[:, -1]
-    return answers[:, : position + 1]
+    return Rollout(answers[:, : position + 1], logprobs[:, : position + 1])
+
+
+def without_padding(logits: Tensor) -> Tensor:
+    """Padding is not a token. Finite, so that 0 times its logit is 0 in an eager entropy."""
+    return logits.index_fill(-1, torch.tensor([PAD]), -1e9)
 
 
 def answer_logits(model: Transformer, prompts: Tensor, answers: Tensor) -> Tensor:
     """``[B, T, V]`` of a full forward: row t is what answer token t was drawn from."""
     tokens = torch.cat((prompts, answers), dim=1)[:, :-1]
-    return model(tokens)[:, prompts.shape[1] - 1 :]
+    return without_padding(model(tokens)[:, prompts.shape[1] - 1 :])
