@@ -240,6 +240,14 @@ def test_lockstep_sees_a_loss_that_is_off():
     Run(model, fused.LIBRARY, settings, split.train).step(1, off)
     assert not off.passed and off.gradient_difference == pytest.approx(1e-4, rel=0.1)
 
+    def undefined(logits, batch, config, normalizer):
+        loss = eager.loss(logits, batch, config, normalizer)
+        return loss._replace(value=loss.value * torch.nan)
+
+    lost = Lockstep(fused.LIBRARY, eager.LIBRARY._replace(loss=undefined), objective.config)
+    Run(model, fused.LIBRARY, settings, split.train).step(1, lost)
+    assert not lost.passed  # NaN is no smaller than the tolerance
+
 
 def test_two_runs_coincide_and_the_comparison_notes_the_first_difference():
     torch.manual_seed(4)

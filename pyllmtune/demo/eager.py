@@ -53,7 +53,7 @@ def terms(
         per_token = -bounded.detach() * advantage * logprobs
         clipped = bounded != ratio
 
-    delta = batch.ref_logprobs - logprobs
+    delta = (batch.ref_logprobs - logprobs) * mask  # padding scores -1e9: not into exp
     kl = delta.exp() - delta - 1  # k3
     per_token = per_token + config.kl_coef * kl - config.entropy_coef * entropy
 

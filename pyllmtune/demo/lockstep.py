@@ -29,9 +29,11 @@ class Lockstep:
         scale = max(batch.advantages.abs().mean().item(), abs(other_loss))
         norm = other_gradient.norm().item()
         self.updates += 1
-        self.loss_difference = max(self.loss_difference, abs(loss - other_loss) / max(scale, 1e-12))
+        self.loss_difference = _worse(
+            self.loss_difference, abs(loss - other_loss) / max(scale, 1e-12)
+        )
         difference = (gradient - other_gradient).norm().item() / max(norm, 1e-12)
-        self.gradient_difference = max(self.gradient_difference, difference)
+        self.gradient_difference = _worse(self.gradient_difference, difference)
 
     @property
     def passed(self) -> bool:
@@ -45,3 +47,8 @@ class Lockstep:
         value = library.loss(logits, batch, self.config, normalizer(batch)).value
         gradients = torch.autograd.grad(value, list(policy.parameters()))
         return value.item(), torch.cat([gradient.flatten().double() for gradient in gradients])
+
+
+def _worse(worst: float, difference: float) -> float:
+    """The larger; NaN, which no comparison sees, is worse than all and stays."""
+    return difference if difference > worst or difference != difference else worst
