@@ -2,6 +2,7 @@
 
     python -m tests.gpuless.compile_gates            table; fails where a kernel is over its budget
     python -m tests.gpuless.compile_gates --write    makes what is measured the budget: see the diff
+    python -m tests.gpuless.compile_gates --write gae    ... of this word's kernels alone
 
 Finds: spills, lost 16-byte accesses, more registers or shared memory, fewer blocks on an SM or none
 (a launch that fails). Cannot find: anything at run time. Counts are of instructions in the binary,
@@ -21,7 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .binary_facts import Facts
-from .kernels_under_test import CUDA_SOURCES, TRITON_KERNELS, Block, CudaSource, TritonKernel
+from .kernels_under_test import (
+    CUDA_SOURCES,
+    TRITON_KERNELS,
+    Block,
+    CudaSource,
+    TritonKernel,
+    of_word,
+)
 from .nvcc_gate import CUDA_ARCHS, GateFailure, compile_cuda
 from .occupancy import SMEM_KIB, blocks_per_sm
 from .toolchain import version_line
@@ -100,13 +108,16 @@ def read_budgets(path: Path = BUDGETS) -> dict[tuple[str, str], dict[str, int | 
         }
 
 
-def write_budgets(rows: Iterable[Row], path: Path = BUDGETS) -> None:
+def write_budgets(rows: Iterable[Row], path: Path = BUDGETS, *, keep_others: bool = False) -> None:
+    """``keep_others``: budgets of kernels that are not in ``rows`` stay."""
+    budgets = read_budgets(path) if keep_others else {}
+    budgets |= {(row.kernel, row.arch): row.budget() for row in rows}
     with path.open("w", newline="") as file:
         file.write(f"# {compilers()}\n")
         table = csv.DictWriter(file, ["kernel", "arch", *COLUMNS], lineterminator="\n")
         table.writeheader()
-        for row in rows:
-            table.writerow({"kernel": row.kernel, "arch": row.arch, **row.budget()})
+        for (kernel, arch), budget in sorted(budgets.items()):
+            table.writerow({"kernel": kernel, "arch": arch, **budget})
 
 
 def compilers() -> str:
@@ -174,14 +185,15 @@ def print_table(rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="make what is measured the budget")
+    parser.add_argument("word", nargs="?", help="only the kernels that under_test/<word>.py lists")
     options = parser.parse_args(arguments)
-    rows = measure()
+    rows = measure(*of_word(options.word)) if options.word else measure()
     print_table(rows)
     if options.write:
-        write_budgets(rows)
+        write_budgets(rows, keep_others=bool(options.word))
     elif budget_compilers() != compilers():
         print(f"budgets not compared: they are for {budget_compilers()}, here is {compilers()}")
-    found = verdict(rows)
+    found = failures(rows) if options.word else verdict(rows)
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0
