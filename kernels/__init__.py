@@ -1,7 +1,8 @@
 """The Triton floor, installed as ``pyllmtune.kernels``."""
 
 if __name__ != "pyllmtune.kernels":
-    raise ImportError(
-        f"this folder is the package pyllmtune.kernels, but was found as {__name__!r}, because the "
-        "folder above it is on sys.path; pip install -e . and import pyllmtune.kernels"
-    )
+    # The project's root is on sys.path and somebody looks for a package named "kernels", as
+    # transformers does at import. This is not it: without file and path it counts as absent, and
+    # its submodules cannot be imported under the wrong name.
+    del __file__
+    __path__ = []

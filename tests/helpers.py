@@ -37,6 +37,8 @@ def need(tool: str) -> None:
         "nvcc": lambda: shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ,
         "g++": lambda: shutil.which("g++") is not None,
         "cpp": lambda: _backend.why_not("cpp", "cpu") is None,
+        "transformers": lambda: find_spec("transformers") is not None,
+        "trl": lambda: find_spec("trl") is not None,
     }[tool]()
     if present:
         return
