@@ -94,7 +94,13 @@ def test_sdist_has_what_a_build_and_a_reader_need(sdist):
         "LICENSE",
     ):
         assert name in names
-    for name in ("Makefile", "tests/test_packaging.py", "benchmarks/__main__.py", "docs/design.md"):
+    for name in (
+        "Makefile",
+        "examples/sample_with_cache.py",
+        "tests/test_packaging.py",
+        "benchmarks/__main__.py",
+        "docs/design.md",
+    ):
         assert name in names
     assert not any(name.endswith(".so") for name in names)
 
