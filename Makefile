@@ -57,7 +57,7 @@ $(STAMPS)/demo: requirements/demo.txt | .venv/bin/python
 	$(PIP) -r requirements/demo.txt
 	touch $@
 
-$(STAMPS)/dev: requirements/dev.txt requirements/demo.txt | .venv/bin/python
+$(STAMPS)/dev: requirements/dev.txt requirements/bench.txt requirements/demo.txt | .venv/bin/python
 	mkdir -p $(STAMPS)
 	$(PIP) -r requirements/dev.txt
 	touch $@ $(STAMPS)/demo
