@@ -27,7 +27,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "top-k 50": {"top_k": 50},
     "top-p .95": {"top_p": 0.95},
 }
-EXTRAS = {"logprobs": "processed", "return_stats": True, "return_kept": True}
+EXTRAS = {"logprobs": "processed", "return_stats": True}
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,11 @@ def cases(options: Options) -> Iterator[Case]:
         run = partial(ours, filters)
         providers = [Provider(f"pyllmtune {word}", partial(run, {}, word)) for word in names]
         if with_extras:
+            # the kept set of a plain draw is the vocabulary: N * V ids are no extra, but a result
+            extras = EXTRAS | {"return_kept": bool(filters)}
+            variant = f" with log-prob, rank{', kept set' if filters else ''}"
             providers += [
-                Provider(
-                    f"pyllmtune {word}",
-                    partial(run, EXTRAS, word),
-                    variant=" with log-prob, rank, kept set",
-                )
+                Provider(f"pyllmtune {word}", partial(run, extras, word), variant=variant)
                 for word in names[:1]
             ]
         if "eager" in options.providers and not alone:

@@ -59,7 +59,12 @@ SPREADS = {
     "token_logprobs": ("forward over V", "forward over N"),
     "sample": ("top-p .95 over V", "top-p .95 over N"),
 }
-EXTRA = 1.15  # time with log-prob, rank and kept set over that of the bare draw
+EXTRA = 1.15  # time with these over that of the bare draw
+EXTRAS = {
+    "plain, peaked": "log-prob, rank",
+    "top-k 50, peaked": "log-prob, rank, kept set",
+    "top-p .95, peaked": "log-prob, rank, kept set",
+}
 
 
 def judge(op: str, rows: list[Row]) -> Iterator[str]:
@@ -124,10 +129,10 @@ def _shares(rows: list[Row]) -> Iterator[str]:
 
 def _extras(rows: list[Row]) -> Iterator[str]:
     times = {(row["case"], row["dtype"]): row["median_ms"] for row in _ours(rows)}
-    for case in ("plain, peaked", "top-k 50, peaked", "top-p .95, peaked"):
-        more = times.get((f"{case} with log-prob, rank, kept set", "float32"))
+    for case, extras in EXTRAS.items():
+        more = times.get((f"{case} with {extras}", "float32"))
         bare = times.get((case, "float32"))
-        text = f"{case}: with log-prob, rank and kept set over the bare draw"
+        text = f"{case}: with {extras} over the bare draw"
         yield (
             _line(text, more / bare, EXTRA, at_least=False) if bare and more else _not_judged(text)
         )
