@@ -18,6 +18,7 @@ SHAPES = {
     "sample": "64x151936",
     "token_logprobs": "64x151936",
     "policy_loss": "64x4096",
+    "gae": "64x4096",
 }
 # (case, dtype, baseline, least speed-up); "best" is the fastest baseline that ran
 SPEEDUPS = {
@@ -50,6 +51,10 @@ SPEEDUPS = {
         ("ppo token level", "float32", "eager", 5.0),
         ("grpo with k3 and entropy", "float32", "eager", 5.0),
         ("gspo sequence level", "float32", "eager", 5.0),
+    ),
+    "gae": (
+        ("answers", "float32", "eager", 50.0),
+        ("turns between tools", "float32", "eager", 50.0),
     ),
 }
 SHARE = 0.33  # of the dense backward: 30 % of the rows are to do, a tenth is for fixed costs

@@ -10,6 +10,7 @@ from pyllmtune.losses.config import PolicyLossConfig
 from pyllmtune.losses.metrics import PolicyLossMetrics
 from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
 from pyllmtune.ops.filter_logits import filter_logits
+from pyllmtune.ops.gae import GaeOutput, gae
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
 from pyllmtune.ops.sample import SampleOutput, greedy, sample
 from pyllmtune.ops.temperature_softmax import temperature_softmax
@@ -17,6 +18,7 @@ from pyllmtune.ops.token_logprobs import TokenLogprobs, token_logprobs
 from pyllmtune.rewards import keyword_reward
 
 __all__ = [
+    "GaeOutput",
     "KeptTokens",
     "PolicyLossConfig",
     "PolicyLossMetrics",
@@ -25,6 +27,7 @@ __all__ = [
     "TokenLogprobs",
     "__version__",
     "filter_logits",
+    "gae",
     "greedy",
     "group_advantages",
     "grpo_loss",

@@ -67,6 +67,10 @@ SCHEMAS = {
     " float normalizer, Tensor? device_normalizer, int level, int rule, int kl, int aggregation,"
     " float low, float high, float cap, float kl_coef, float entropy_coef)"
     " -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Tensor scale)",
+    # per-token tensors as above; bootstrap, sequence_gamma and sequence_lam [sequences]
+    "gae": "(Tensor rewards, Tensor values, Tensor offsets, Tensor? mask, Tensor? terminated,"
+    " Tensor? bootstrap, float gamma, float lam, Tensor? sequence_gamma, Tensor? sequence_lam,"
+    " bool carry_masked) -> (Tensor advantages, Tensor returns)",
 }
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

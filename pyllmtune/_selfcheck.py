@@ -10,6 +10,7 @@ from torch import Tensor
 from pyllmtune import (
     _backend,
     filter_logits,
+    gae,
     policy_loss,
     sample,
     temperature_softmax,
@@ -83,11 +84,28 @@ def _policy(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [out.loss.detach(), out.metrics.vector, logprobs.grad]
 
 
+def _gae(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(5, 301, generator=generator) for _ in range(2))
+    mask, ends = (torch.rand(5, 301, generator=generator) > bar for bar in (0.2, 0.99))
+    out = gae(
+        rewards.to(device, dtype),
+        values.to(device, dtype),
+        mask.to(device),
+        gamma=0.99,
+        bootstrap=values[:, 0].to(device, dtype),
+        terminated=ends.to(device),
+        backend=backend,
+    )
+    return list(out)
+
+
 CHECKS = {
     "temperature_softmax": _softmax,
     "token_logprobs": _score,
     "sample": _decode,
     "policy_loss": _policy,
+    "gae": _gae,
 }
 
 

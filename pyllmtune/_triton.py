@@ -22,6 +22,7 @@ _MODULES = {
     "filter_logits_backward": "filter_logits",
     "sample": "sample",
     "policy_loss": "policy_loss",
+    "gae": "gae",
 }
 
 

@@ -98,6 +98,14 @@ def policy_args(dtype: torch.dtype, grad: bool) -> list[tuple]:
     ]
 
 
+def gae_args() -> list[tuple]:
+    offsets, lam = torch.tensor([0, 2, 6]), torch.rand(2)
+    flags = (torch.rand(6) > 0.2, torch.rand(6) > 0.8)
+    plain = (None, None, None, 0.9, 0.95, None, None, True)
+    full = (*flags, torch.rand(2), 1.0, 1.0, lam, lam, False)
+    return [(torch.rand(6), torch.rand(6), offsets, *rest) for rest in (plain, full)]
+
+
 FLOORS = ("cpp", "triton", "emulated")
 
 
@@ -125,6 +133,8 @@ def test_opcheck(floor):
             torch.library.opcheck(_ops.handle("temperature_softmax_backward", floor), backward)
     for args in policy_args(torch.float32, grad=True):
         torch.library.opcheck(_ops.handle("policy_loss", floor), args)
+    for args in gae_args():
+        torch.library.opcheck(_ops.handle("gae", floor), args)
 
 
 def test_every_schema_is_checked_above():
@@ -136,6 +146,7 @@ def test_every_schema_is_checked_above():
         "temperature_softmax_out",
         "temperature_softmax_backward",
         "policy_loss",
+        "gae",
     }
     assert words | test_registration_decoding.CHECKED == set(_ops.SCHEMAS)
 

@@ -15,6 +15,7 @@
 
 #include "../math/policy_rules.h"
 #include "parallel.h"
+#include "sequences.h"
 #include "types.h"
 
 namespace pyllmtune {
@@ -227,9 +228,7 @@ Metrics batch_loss(const Inputs<F>& in, int64_t sequences, F* grad_logprobs, F* 
   using V = typename VectorOf<F>::type;
   std::vector<Metrics> parts(sequences);
   const int64_t total = in.offsets[sequences];
-  // 2048 tokens: about 5 us of work, what waking a thread costs
-  const int64_t grain = std::max<int64_t>(1, 2048 * sequences / std::max<int64_t>(total, 1));
-  parallel_for(sequences, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(sequences, sequence_grain(sequences, total), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       parts[i] = sequence_loss<V>(in, i, grad_logprobs, grad_entropy);
   });
@@ -249,18 +248,6 @@ double scale_of(const Metrics& metrics, int aggregation, double normalizer,
   if (device_normalizer != nullptr) return 1 / *device_normalizer;
   if (normalizer != 0) return 1 / normalizer;
   return 1 / (aggregation == kTokenMean ? metrics[kTokens] : metrics[kSequences]);
-}
-
-const int64_t* check_offsets(const Tensor& offsets, int64_t total) {
-  STD_TORCH_CHECK(offsets.numel() >= 1, "offsets must be [sequences + 1]");
-  check_flat(offsets, offsets.numel(), ScalarType::Long, "offsets");
-  const auto* begin = data<const int64_t>(offsets);
-  STD_TORCH_CHECK(begin[0] == 0 && begin[offsets.numel() - 1] == total,
-                  "cu_seqlens must run from 0 to ", total);
-  for (int64_t i = 1; i < offsets.numel(); ++i)
-    STD_TORCH_CHECK(begin[i - 1] <= begin[i], "cu_seqlens must not decrease, got ", begin[i - 1],
-                    " before ", begin[i]);
-  return begin;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(

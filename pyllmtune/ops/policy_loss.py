@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from pyllmtune import _backend, _checks, _ops
 from pyllmtune._backend import Backend
+from pyllmtune._sequences import sequence_offsets
 from pyllmtune.losses.config import PolicyLossConfig, code
 from pyllmtune.losses.metrics import SIZE, PolicyLossMetrics
 from pyllmtune.reference import policy_loss as reference
@@ -91,7 +92,7 @@ def policy_loss(
     _checks.check_tensor("logprobs", logprobs, _checks.FLOATS)
     shape, device = logprobs.shape, logprobs.device
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    offsets = _sequence_offsets(logprobs, cu_seqlens)
+    offsets = sequence_offsets("logprobs", logprobs, cu_seqlens)
     sequences = offsets.shape[0] - 1
 
     def flat(name: str, value: Tensor) -> Tensor:
@@ -138,34 +139,6 @@ def policy_loss(
         config.entropy_coef,
     )[:2]
     return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
-
-
-def _sequence_offsets(logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """``[B + 1]`` int64: where each sequence starts in the flattened tokens."""
-    if cu_seqlens is None:
-        if logprobs.dim() != 2:
-            raise ValueError(
-                f"logprobs must be [B, T], got {list(logprobs.shape)}; "
-                "packed [total] needs cu_seqlens="
-            )
-        batch, length = logprobs.shape
-        return torch.arange(batch + 1, device=logprobs.device) * length
-    _checks.check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
-    if logprobs.dim() != 1:
-        raise ValueError(f"logprobs must be [total] with cu_seqlens, got {list(logprobs.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.device != logprobs.device:
-        raise ValueError(
-            f"cu_seqlens must be [B + 1] on {logprobs.device}, "
-            f"got {list(cu_seqlens.shape)} on {cu_seqlens.device}"
-        )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != logprobs.shape[0] or ends != sorted(ends):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to {logprobs.shape[0]}, the number of tokens; "
-                f"got {ends[:8]}{' ...' if len(ends) > 8 else ''}"
-            )
-    return cu_seqlens.long().contiguous()
 
 
 def _broadcast_weights(weights: Tensor, shape: torch.Size) -> Tensor:

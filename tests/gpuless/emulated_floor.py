@@ -212,6 +212,27 @@ def policy_loss(
     return loss, metrics, grad_logprobs, grad_entropy, scale
 
 
+def gae(
+    rewards: Tensor, values: Tensor, offsets: Tensor, *rest: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mask, terminated, bootstrap, gamma, lam, sequence_gamma, sequence_lam, carry_masked = rest
+    total, sequences = rewards.shape[0], offsets.shape[0] - 1
+    advantages, returns = torch.empty(total), torch.empty(total)
+    library("gae").call(
+        "gae",
+        total,
+        sequences,
+        *map(_flat, (rewards, values, offsets, mask, terminated, bootstrap)),
+        float(gamma),
+        float(lam),
+        *map(_flat, (sequence_gamma, sequence_lam)),
+        carry_masked,
+        advantages,
+        returns,
+    )
+    return advantages, returns
+
+
 @functools.cache
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
@@ -230,6 +251,7 @@ def install() -> None:
         decoding.filter_logits_backward,
         decoding.sample,
         policy_loss,
+        gae,
     )
     for kernel in kernels:
         _ops.LIBRARY.impl(_ops.op_name(kernel.__name__, FLOOR), kernel, "CPU")

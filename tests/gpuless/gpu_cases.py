@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllmtune import PolicyLossConfig, policy_loss, temperature_softmax, token_logprobs
+from pyllmtune import PolicyLossConfig, gae, policy_loss, temperature_softmax, token_logprobs
 from pyllmtune.losses.metrics import MAXIMA, SUMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -243,3 +243,24 @@ def partly_lost() -> dict[str, Any]:
     for name, column in (("old_logprobs", 2), ("ref_logprobs", 7)):
         inputs[name][:, column] = torch.tensor([math.nan, math.inf, -math.inf])
     return inputs
+
+
+# ---- gae
+
+
+def gae_results(backend: str) -> list[Tensor]:
+    """A sequence longer than a chunk of CUDA's, an empty one and a short one; every input given."""
+    offsets = torch.tensor([0, 1100, 1100, 1107])
+    return list(
+        gae(
+            torch.randn(1107),
+            torch.randn(1107),
+            torch.rand(1107) > 0.2,
+            gamma=torch.rand(3),
+            lam=torch.rand(3),
+            cu_seqlens=offsets,
+            bootstrap=torch.randn(3),
+            terminated=torch.rand(1107) > 0.95,
+            backend=backend,
+        )
+    )

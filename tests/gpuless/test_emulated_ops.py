@@ -65,13 +65,13 @@ def every_result():
     for config in cases.policy_configs()[::17]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), False)
         results += cases.run_policy(config, inputs, "emulated", torch.float32)
-    return results
+    return results + cases.gae_results("emulated")
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(floor):
     want = every_result()  # threads by index
     for seed in (1, 2, 3, 0):
-        for word in ("token_logprobs", "temperature_softmax", "policy_loss"):
+        for word in ("token_logprobs", "temperature_softmax", "policy_loss", "gae"):
             floor.library(word).seed(seed)
         assert all(torch.equal(a, b) for a, b in zip(every_result(), want, strict=True))
 
@@ -110,6 +110,7 @@ def test_small_grids():
     for config in cases.policy_configs()[::19]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), True)
         cases.assert_policy(config, inputs, "emulated")
+    cases.gae_results("emulated")  # its values are compared in tests/test_gae.py
 
 
 @pytest.mark.slow

@@ -163,6 +163,23 @@ def test_policy_loss_bytes(traffic, level, sweeps):
     assert launch.stored == tokens * 2 * 4 + sequences * 16 * 8
 
 
+@pytest.mark.parametrize("options", (False, True))
+def test_gae_bytes(traffic, options):
+    """Reward and value of selected tokens, the flags; offsets and what a sequence has of its own.
+    The mask is read of every token, the rest of those that it selects. Two results are written.
+    """
+    mask, ends = (torch.rand(3, 7) > 0.5 if options else None for _ in range(2))
+    rows = torch.rand(3) if options else None
+    given = {"gamma": rows, "lam": rows, "bootstrap": rows} if options else {}
+    x = torch.randn(3, 7)
+    cases.gae(x, x, mask, terminated=ends, backend="triton", **given)
+    (launch,) = traffic.launches
+    selected = int(mask.sum()) if options else 21
+    once = 3 * (2 * 8 + (3 * 4 if options else 0)) + (21 if options else 0)
+    assert launch.loaded == once + selected * (2 * 4 + (1 if options else 0))
+    assert launch.stored == 21 * 2 * 4
+
+
 def test_the_folder_refuses_to_be_a_top_level_package():
     code = "import kernels"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)

@@ -40,6 +40,7 @@ def calls() -> list[tuple[str, Any]]:
     import torch
     from pyllmtune.kernels import (
         filter_logits,
+        gae,
         policy_loss,
         sample,
         temperature_softmax,
@@ -121,6 +122,10 @@ def calls() -> list[tuple[str, Any]]:
             *(level, rule, kl, optional, 0.8, 1.2, 3.0 if optional else float("inf"), 0.1, 0.01),
         )
         found.append(("policy_loss", lambda args=args: policy_loss.policy_loss(*args)))
+    for optional in (False, True):
+        flags, rows = (tokens > 0, tokens[:2]) if optional else (None, None)
+        args = (tokens, tokens, offsets, flags, flags, rows, 0.99, 0.95, rows, rows, optional)
+        found.append(("gae", lambda args=args: gae.gae(*args)))
     return found
 
 

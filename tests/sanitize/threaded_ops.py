@@ -7,6 +7,7 @@ import torch
 from pyllmtune import (
     PolicyLossConfig,
     filter_logits,
+    gae,
     policy_loss,
     sample,
     temperature_softmax,
@@ -32,6 +33,7 @@ def work(seed: int) -> None:
     logprobs = old.clone().requires_grad_()
     config = PolicyLossConfig(level="sequence", aggregation="seq-mean-token-mean")
     policy_loss(logprobs, old, torch.ones(6), config=config, backend="cpp").loss.backward()
+    gae(old, old, gamma=0.99, backend="cpp")
 
 
 if __name__ == "__main__":
