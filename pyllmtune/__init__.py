@@ -7,8 +7,13 @@ from pyllmtune._version import __version__
 from pyllmtune.advantages import group_advantages
 from pyllmtune.kept import KeptTokens
 from pyllmtune.losses.config import PolicyLossConfig
+from pyllmtune.losses.dpo import dpo_loss
+from pyllmtune.losses.kto import kto_loss
 from pyllmtune.losses.metrics import PolicyLossMetrics
 from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
+from pyllmtune.losses.preference import PreferencePairs, preference_loss, preference_pairs
+from pyllmtune.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
+from pyllmtune.losses.reinforce import reinforce_loss
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.gae import GaeOutput, gae
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
@@ -16,6 +21,7 @@ from pyllmtune.ops.sample import SampleOutput, greedy, sample
 from pyllmtune.ops.temperature_softmax import temperature_softmax
 from pyllmtune.ops.token_logprobs import TokenLogprobs, token_logprobs
 from pyllmtune.rewards import keyword_reward
+from pyllmtune.scoring import score_answers
 
 __all__ = [
     "GaeOutput",
@@ -23,18 +29,28 @@ __all__ = [
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
+    "PreferencePairs",
     "SampleOutput",
     "TokenLogprobs",
     "__version__",
+    "cpo_loss",
+    "dpo_loss",
     "filter_logits",
     "gae",
     "greedy",
     "group_advantages",
     "grpo_loss",
     "keyword_reward",
+    "kto_loss",
+    "orpo_loss",
     "policy_loss",
     "ppo_clip_loss",
+    "preference_loss",
+    "preference_pairs",
+    "reinforce_loss",
     "sample",
+    "score_answers",
+    "simpo_loss",
     "temperature_softmax",
     "token_logprobs",
 ]

@@ -1,0 +1,259 @@
+"""Every loss as a module, for people who compose modules: options in the constructor, tensors in
+``forward``.
+
+The options, their defaults and their meaning are those of the function of the same name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyllmtune._backend import Backend
+from pyllmtune.losses.config import Aggregation, KlEstimator, Level, PolicyLossConfig
+from pyllmtune.losses.dpo import dpo_loss
+from pyllmtune.losses.dpo_types import LossType
+from pyllmtune.losses.f_divergence import FDivergence
+from pyllmtune.losses.kto import kto_loss
+from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
+from pyllmtune.losses.preference import preference_loss
+from pyllmtune.losses.reference_free import CPOType, cpo_loss, orpo_loss, simpo_loss
+from pyllmtune.losses.reinforce import reinforce_loss
+from pyllmtune.losses.sequences import Reduction
+from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
+
+_DEFAULT = PolicyLossConfig()
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class _Loss(nn.Module):
+    """A dataclass whose fields are the options of a function."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the function is called with, beside the tensors."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class PolicyLoss(_Loss):
+    """``policy_loss`` under one configuration.
+
+    >>> import torch
+    >>> loss = PolicyLoss(config=PolicyLossConfig(eps_high=0.3))
+    >>> old = torch.zeros(1, 1)
+    >>> loss(old + 1.0, old, torch.tensor([2.0])).loss  # ratio e, bounded by 1.3
+    tensor(-2.6000)
+    """
+
+    config: PolicyLossConfig = _DEFAULT
+    backend: Backend = "auto"
+
+    def forward(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        **tensors: Tensor | float | None,
+    ) -> PolicyLossOutput:
+        """``tensors``: cu_seqlens, ref_logprobs, entropy, weights, normalizer."""
+        return policy_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class PPOClipLoss(_Loss):
+    """``ppo_clip_loss``."""
+
+    eps: float = 0.2
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    aggregation: Aggregation = "token-mean"
+    backend: Backend = "auto"
+
+    def forward(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        **tensors: Tensor | float | None,
+    ) -> PolicyLossOutput:
+        """``tensors``: cu_seqlens, entropy, normalizer."""
+        return ppo_clip_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class GRPOLoss(_Loss):
+    """``grpo_loss``."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    kl_coef: float = 0.0
+    kl: KlEstimator = "k3"
+    entropy_coef: float = 0.0
+    level: Level = "token"
+    delta: float | None = None
+    aggregation: Aggregation = "token-mean"
+    backend: Backend = "auto"
+
+    def forward(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        **tensors: Tensor | float | None,
+    ) -> PolicyLossOutput:
+        """``tensors``: cu_seqlens, ref_logprobs, entropy, weights, normalizer."""
+        return grpo_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ReinforceLoss(_Loss):
+    """``reinforce_loss``."""
+
+    entropy_coef: float = 0.0
+    aggregation: Aggregation = "seq-mean-token-sum"
+    backend: Backend = "auto"
+
+    def forward(
+        self,
+        logprobs: Tensor,
+        rewards: Tensor,
+        mask: Tensor | None = None,
+        **tensors: Tensor | float | None,
+    ) -> PolicyLossOutput:
+        """``tensors``: cu_seqlens, entropy, normalizer."""
+        return reinforce_loss(logprobs, rewards, mask, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class PreferenceLoss(_Loss):
+    """``preference_loss``."""
+
+    margin: float | Tensor = 0.0
+    center: float = 0.0
+    reduction: Reduction = "mean"
+
+    def forward(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return preference_loss(chosen, rejected, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class DPOLoss(_Loss):
+    """``dpo_loss``.
+
+    >>> DPOLoss(loss_type="robust", label_smoothing=0.1).label_smoothing
+    0.1
+    """
+
+    beta: float = 0.1
+    loss_type: LossType = "sigmoid"
+    label_smoothing: float = 0.0
+    f_divergence: FDivergence = "reverse_kl"
+    alpha: float = 1.0
+    discopop_tau: float = 0.05
+    reduction: Reduction = "mean"
+
+    def forward(
+        self,
+        chosen_logprobs: Tensor,
+        rejected_logprobs: Tensor,
+        ref_chosen_logprobs: Tensor | None = None,
+        ref_rejected_logprobs: Tensor | None = None,
+        **tensors: Tensor | None,
+    ) -> Tensor:
+        """``tensors``: chosen_lengths, rejected_lengths, weights."""
+        reference = (ref_chosen_logprobs, ref_rejected_logprobs)
+        return dpo_loss(chosen_logprobs, rejected_logprobs, *reference, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SimPOLoss(_Loss):
+    """``simpo_loss``; with ``alpha``, AlphaPO."""
+
+    beta: float = 2.0
+    gamma: float = 0.5
+    alpha: float = 0.0
+    label_smoothing: float = 0.0
+    reduction: Reduction = "mean"
+
+    def forward(
+        self,
+        chosen_logprobs: Tensor,
+        rejected_logprobs: Tensor,
+        chosen_lengths: Tensor,
+        rejected_lengths: Tensor,
+    ) -> Tensor:
+        lengths = (chosen_lengths, rejected_lengths)
+        return simpo_loss(chosen_logprobs, rejected_logprobs, *lengths, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class CPOLoss(_Loss):
+    """``cpo_loss``."""
+
+    beta: float = 0.1
+    loss_type: CPOType = "sigmoid"
+    label_smoothing: float = 0.0
+    nll_coef: float = 1.0
+    reduction: Reduction = "mean"
+
+    def forward(
+        self, chosen_logprobs: Tensor, rejected_logprobs: Tensor, chosen_lengths: Tensor
+    ) -> Tensor:
+        return cpo_loss(chosen_logprobs, rejected_logprobs, chosen_lengths, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ORPOLoss(_Loss):
+    """``orpo_loss``."""
+
+    beta: float = 0.1
+    nll_coef: float = 1.0
+    reduction: Reduction = "mean"
+
+    def forward(
+        self,
+        chosen_logprobs: Tensor,
+        rejected_logprobs: Tensor,
+        chosen_lengths: Tensor,
+        rejected_lengths: Tensor,
+    ) -> Tensor:
+        lengths = (chosen_lengths, rejected_lengths)
+        return orpo_loss(chosen_logprobs, rejected_logprobs, *lengths, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class KTOLoss(_Loss):
+    """``kto_loss``."""
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    reduction: Reduction = "mean"
+
+    def forward(
+        self,
+        logprobs: Tensor,
+        desirable: Tensor,
+        ref_logprobs: Tensor | None = None,
+        *,
+        mismatched_logratios: Tensor | None = None,
+    ) -> Tensor:
+        return kto_loss(
+            logprobs,
+            desirable,
+            ref_logprobs,
+            mismatched_logratios=mismatched_logratios,
+            **self.options,
+        )
