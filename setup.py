@@ -164,7 +164,10 @@ def native() -> dict:
 setup(
     packages=[
         "pyllmtune",
-        *(f"pyllmtune.{part}" for part in ("demo", "kernels", "losses", "ops", "reference")),
+        *(
+            f"pyllmtune.{part}"
+            for part in ("advantages", "demo", "kernels", "losses", "ops", "reference")
+        ),
     ],
     package_dir={"pyllmtune": "pyllmtune", "pyllmtune.kernels": "kernels"},
     package_data={"pyllmtune": ["py.typed"]},

@@ -4,7 +4,18 @@ API.
 
 from pyllmtune import _triton  # noqa: F401  registers the Triton floor
 from pyllmtune._version import __version__
-from pyllmtune.advantages import group_advantages
+from pyllmtune.advantages import (
+    GROUP_PRESETS,
+    gpg_advantages,
+    group_advantages,
+    multi_objective_advantages,
+    pass_at_k_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    rewards_to_go,
+    whiten,
+)
 from pyllmtune.kept import KeptTokens
 from pyllmtune.losses.config import PolicyLossConfig
 from pyllmtune.losses.dpo import dpo_loss
@@ -14,6 +25,7 @@ from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
 from pyllmtune.losses.preference import PreferencePairs, preference_loss, preference_pairs
 from pyllmtune.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from pyllmtune.losses.reinforce import reinforce_loss
+from pyllmtune.losses.value import ValueLossOutput, value_loss
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.gae import GaeOutput, gae
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
@@ -24,6 +36,7 @@ from pyllmtune.rewards import keyword_reward
 from pyllmtune.scoring import score_answers
 
 __all__ = [
+    "GROUP_PRESETS",
     "GaeOutput",
     "KeptTokens",
     "PolicyLossConfig",
@@ -32,25 +45,35 @@ __all__ = [
     "PreferencePairs",
     "SampleOutput",
     "TokenLogprobs",
+    "ValueLossOutput",
     "__version__",
     "cpo_loss",
     "dpo_loss",
     "filter_logits",
     "gae",
+    "gpg_advantages",
     "greedy",
     "group_advantages",
     "grpo_loss",
     "keyword_reward",
     "kto_loss",
+    "multi_objective_advantages",
     "orpo_loss",
+    "pass_at_k_advantages",
     "policy_loss",
     "ppo_clip_loss",
     "preference_loss",
     "preference_pairs",
     "reinforce_loss",
+    "reinforce_plus_plus_advantages",
+    "reinforce_plus_plus_baseline_advantages",
+    "remax_advantages",
+    "rewards_to_go",
     "sample",
     "score_answers",
     "simpo_loss",
     "temperature_softmax",
     "token_logprobs",
+    "value_loss",
+    "whiten",
 ]

@@ -22,6 +22,8 @@ from pyllmtune.losses.preference import preference_loss
 from pyllmtune.losses.reference_free import CPOType, cpo_loss, orpo_loss, simpo_loss
 from pyllmtune.losses.reinforce import reinforce_loss
 from pyllmtune.losses.sequences import Reduction
+from pyllmtune.losses.value import Aggregation as ValueAggregation
+from pyllmtune.losses.value import ValueLossOutput, value_loss
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
 
 _DEFAULT = PolicyLossConfig()
@@ -134,6 +136,29 @@ class ReinforceLoss(_Loss):
     ) -> PolicyLossOutput:
         """``tensors``: cu_seqlens, entropy, normalizer."""
         return reinforce_loss(logprobs, rewards, mask, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class ValueLoss(_Loss):
+    """``value_loss``; with ``clip``, the call needs ``old_values=``.
+
+    >>> import torch
+    >>> ValueLoss(clip=0.5)(torch.ones(1, 1), torch.zeros(1, 1), old_values=torch.ones(1, 1)).loss
+    tensor(0.5000)
+    """
+
+    clip: float | None = None
+    aggregation: ValueAggregation = "token-mean"
+
+    def forward(
+        self,
+        values: Tensor,
+        returns: Tensor,
+        mask: Tensor | None = None,
+        **tensors: Tensor | float | None,
+    ) -> ValueLossOutput:
+        """``tensors``: old_values, cu_seqlens, normalizer."""
+        return value_loss(values, returns, mask, **tensors, **self.options)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

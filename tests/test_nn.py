@@ -21,6 +21,7 @@ CASES = {
     "PPOClipLoss": ("ppo_clip_loss", {"eps": 0.1, "dual_clip": 3.0}, "token"),
     "GRPOLoss": ("grpo_loss", {"kl_coef": 0.1, "eps_high": 0.3, "level": "sequence"}, "token"),
     "ReinforceLoss": ("reinforce_loss", {"aggregation": "token-mean"}, "reward"),
+    "ValueLoss": ("value_loss", {"clip": 0.2}, "value"),
     "PreferenceLoss": ("preference_loss", {"margin": 0.5, "center": 0.1}, "pair"),
     "DPOLoss": ("dpo_loss", {"beta": 0.3, "loss_type": "ipo"}, "reference"),
     "SimPOLoss": ("simpo_loss", {"gamma": 0.1, "alpha": 0.2, "reduction": "none"}, "measured"),
@@ -39,6 +40,9 @@ def tensors(kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
         if kind == "reward":
             return [leaf, advantages, mask], {}
         return [leaf, leaf.detach() - 0.05 * torch.randn(B, T), advantages, mask], {}
+    if kind == "value":
+        values, returns = torch.randn(2, B, T)
+        return [values.requires_grad_(), returns], {"old_values": values.detach() + 0.1}
     chosen = logprobs.sum(-1).requires_grad_()
     rejected, lengths = chosen.detach().flip(0) - 0.5, torch.arange(2, B + 2)
     return {
