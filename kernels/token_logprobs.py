@@ -18,24 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    INF,
-    LN2,
-    LOG2E,
-    LOWEST_EXPONENT,
-    as_bytes,
-    block_and_warps,
-    on_device,
-    vector_size,
-)
-
-
-@triton.jit
-def _shift_to(new_top, top, bits_per_logit):
-    """Exponent, in bits, that moves sums relative to ``top`` to the higher ``new_top``."""
-    return tl.where(
-        new_top > top, tl.maximum((top - new_top) * bits_per_logit, LOWEST_EXPONENT), 0.0
-    )
+from .common import INF, LN2, LOG2E, as_bytes, block_and_warps, on_device, vector_size
+from .row_stats import finish, fold, gradient, join_lanes
 
 
 @triton.jit
@@ -91,35 +75,17 @@ def _token_logprobs_fwd_kernel(
     for start in range(0, vocab, LANES * VECTOR):
         columns = start + tile
         z = tl.load(z_ptr + columns, mask=columns < vocab, other=-INF).to(tl.float32)
-        new_top = tl.maximum(top, tl.max(z, 1))
-        shift = _shift_to(new_top, top, bits_per_logit)
-        scale = tl.exp2(shift)
-        # tl.max drops a NaN, but NaN - base is NaN and stays in total; +inf becomes inf - inf
-        base = tl.where(new_top == -INF, 0.0, new_top)
-        exponent = (z - base[:, None]) * bits_per_logit
-        e = tl.exp2(exponent)
-        weighted = scale * (weighted + shift * total)
-        weighted += tl.sum(e * tl.maximum(exponent, LOWEST_EXPONENT), 1)
-        total = total * scale + tl.sum(e, 1)
-        top = new_top
+        top, total, weighted = fold(top, total, weighted, z, bits_per_logit)
 
-    row_top = tl.max(top, 0)
-    shift = _shift_to(row_top, top, bits_per_logit)
-    scale = tl.exp2(shift)
-    row_weighted = tl.sum(scale * (weighted + shift * total), 0) * LN2
-    row_total = tl.where(
-        exists, tl.sum(scale * total, 0), float("nan")
-    )  # a token that does not exist poisons its row
-
-    nothing_allowed = (row_top == -INF) & (row_total == 0.0)
-    log_sum = tl.where(nothing_allowed, 0.0, tl.log(row_total))
-    logprob = (target - row_top) * inv_temperature - log_sum
-    logprob = tl.where(logprob > 0.0, 0.0, logprob)  # rounding may not lift it above 0
-    entropy = log_sum - row_weighted / row_total
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    tl.store(logprobs_ptr + row, tl.where(nothing_allowed, -INF, logprob))
-    tl.store(entropy_ptr + row, tl.where(nothing_allowed, 0.0, entropy))
-    tl.store(logsumexp_ptr + row, row_top * inv_temperature + log_sum)
+    row_top, row_total, row_weighted = join_lanes(top, total, weighted, bits_per_logit)
+    # a token that does not exist poisons its row
+    row_total = tl.where(exists, row_total, float("nan"))
+    logprob, entropy, logsumexp, log_sum = finish(
+        row_top, row_total, row_weighted, target, inv_temperature
+    )
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(logsumexp_ptr + row, logsumexp)
     tl.store(stats_ptr + row, row_top)
     tl.store(stats_ptr + rows + row, log_sum)
 
@@ -169,8 +135,7 @@ def _token_logprobs_bwd_kernel(
     slope = -h * inv_temperature * LN2  # per bit
     z_ptr = _row_pointer(logits_ptr, row, inner, stride_outer, stride_inner) + columns
     z = tl.load(z_ptr, mask=inside, other=0.0).to(tl.float32)
-    log2_p = (z - top) * (inv_temperature * LOG2E) - log_sum * LOG2E
-    dz = tl.exp2(log2_p) * (constant + slope * tl.maximum(log2_p, LOWEST_EXPONENT))
+    dz = gradient(z, top, log_sum, inv_temperature, constant, slope)
     dz += tl.where(columns == tl.load(tokens_ptr + row), g * inv_temperature, 0.0)
     tl.store(dz_ptr, dz.to(grad_ptr.dtype.element_ty), mask=inside)
 

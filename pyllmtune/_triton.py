@@ -14,6 +14,8 @@ _MODULES = {
     "token_logprobs": "token_logprobs",
     "token_logprobs_backward": "token_logprobs",
     "token_logprobs_backward_inplace": "token_logprobs",
+    "kept_token_logprobs": "kept_token_logprobs",
+    "kept_token_logprobs_backward": "kept_token_logprobs",
     "temperature_softmax": "temperature_softmax",
     "temperature_softmax_out": "temperature_softmax",
     "temperature_softmax_backward": "temperature_softmax",

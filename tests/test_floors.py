@@ -16,7 +16,15 @@ from pyllmtune import _ops
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ("temperature_softmax", "token_logprobs", "filter_logits", "sample", "policy_loss", "gae")
+WORDS = (
+    "temperature_softmax",
+    "token_logprobs",
+    "kept_token_logprobs",
+    "filter_logits",
+    "sample",
+    "policy_loss",
+    "gae",
+)
 ROOMS = (
     "csrc/cpu/{}.cpp",
     "csrc/cuda/{}.cuh",

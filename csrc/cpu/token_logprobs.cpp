@@ -14,6 +14,7 @@
 
 #include "../math/online_softmax.h"
 #include "memory.h"
+#include "row_gradient.h"
 #include "row_stats.h"
 #include "rows.h"
 #include "simd.h"
@@ -23,24 +24,6 @@ namespace pyllmtune {
 namespace {
 
 using torch::stable::Tensor;
-
-// dz of one stripe, given `top` and `log_sum` of its row; `out` may be `z`.
-template <class V, class T>
-void stripe_gradient(const T* z, T* out, int64_t n, typename V::Scalar top,
-                     typename V::Scalar log_sum, typename V::Scalar inv_temperature,
-                     ScoreGradient<typename V::Scalar> grad) {
-  using F = typename V::Scalar;
-  const V base(top), scale(inv_temperature * F(kLog2E)), offset(-log_sum * F(kLog2E));
-  const V constant(grad.constant), slope(grad.slope * F(kLn2));
-  auto gradient = [&](V logits) {
-    V y = fma_of(logits - base, scale, offset);  // log2 p
-    const V p = exp2_nonpositive(y);
-    return p * fma_of(slope, y, constant);
-  };
-  int64_t i = 0;
-  for (; i + V::kWidth <= n; i += V::kWidth) store(out + i, gradient(load(z + i)));
-  if (i < n) store_first(out + i, gradient(load_first(z + i, n - i, F(0))), n - i);
-}
 
 struct Rows {
   int64_t count, vocab;
@@ -115,15 +98,8 @@ void backward(const T* logits, T* out, RowLayout out_layout, bool out_is_zero, c
     const F inv_temperature = rows.inv_temperature<F>(row);
     const auto grad = score_gradient(grad_logprobs[row], grad_entropy[row], grad_logsumexp[row],
                                      entropy[row], inv_temperature);
-    const int64_t target = rows.tokens[row] - first;
-    const bool here = target >= 0 && target < length;
-    const T target_logit = here ? z[target] : T();  // read before an in-place gradient covers it
-    stripe_gradient<V>(z, dz, length, top, log_sum, inv_temperature, grad);
-    if (!here) return;
-    const F log_p = (to_scalar(target_logit) - top) * inv_temperature - log_sum;
-    const F p = exp_of(log_p);
-    const F others = p > F(0) || p != p ? p * (grad.constant + grad.slope * log_p) : F(0);
-    from_scalar(others + grad.at_target, dz + target);
+    stripe_gradient<V>(z, dz, length, top, log_sum, inv_temperature, grad,
+                       rows.tokens[row] - first);
   });
 }
 

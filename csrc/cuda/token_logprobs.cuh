@@ -15,16 +15,12 @@
 //   Limits: V < 2^27, fewer than 2^31 rows.
 #pragma once
 
-#include "../math/online_softmax.h"
-#include "block.cuh"
+#include "row_stats.cuh"
 
 namespace pyllmtune {
 
 constexpr int kScoreThreads = 256;
 constexpr int kGradientChunks = 4;  // 16-byte loads in flight a thread: 16 KiB a block
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-// 2^-200 is 0 in float: a finite stand-in for exponents of -inf, since 0 * -inf would be NaN
-constexpr float kLowestExponent = -200.0f;
 
 struct ScoreRows {
   int64_t count;
@@ -54,49 +50,6 @@ struct Scores {
 
 struct ScoreUpstream {
   const float *entropy, *max, *log_sum, *grad_logprobs, *grad_entropy, *grad_logsumexp;
-};
-
-// Statistics of some elements of a row, as SoftmaxStats, but `weighted` has its exponents in bits.
-struct PartStats {
-  float max, sum, weighted;
-
-  // Makes `top` the reference, which is max or more. fmaxf turns -inf - -inf, NaN, into the finite
-  // stand-in as well.
-  __device__ void rebase(float top, float bits_per_logit) {
-    const float shift = fmaxf((max - top) * bits_per_logit, kLowestExponent);
-    const float scale = exp2_fast(shift);
-    weighted = scale * (weighted + shift * sum);
-    sum *= scale;
-    max = top;
-  }
-
-  template <int N>
-  __device__ void add(const float (&z)[N], float bits_per_logit) {
-    float top = z[0];
-#pragma unroll
-    for (int i = 1; i < N; ++i) top = fmaxf(top, z[i]);
-    if (top > max) rebase(top, bits_per_logit);
-    // fmaxf dropped a NaN, but NaN - base is NaN and stays in sum; +inf becomes inf - inf. As long
-    // as nothing is allowed, any finite base keeps -inf at 0.
-    const float base = max == -INFINITY ? 0.0f : max;
-    float part = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float exponent = (z[i] - base) * bits_per_logit;
-      const float e = exp2_fast(exponent);
-      part += e;
-      weighted += e * fmaxf(exponent, kLowestExponent);
-    }
-    sum += part;
-  }
-
-  // merge() of online_softmax.h takes two exponentials a step; one common maximum takes one in all.
-  __device__ PartStats of_warp(float bits_per_logit) {
-    rebase(warp_max(max), bits_per_logit);
-    return warp_join(*this, [](const PartStats& a, const PartStats& b) {
-      return PartStats{a.max, a.sum + b.sum, a.weighted + b.weighted};
-    });
-  }
 };
 
 template <class T>
@@ -144,16 +97,6 @@ __global__ void __launch_bounds__(kScoreThreads)
   out.write(row, finish(whole, target, inv_temperature), whole.max);
 }
 
-// What turns a logit of one row into its gradient.
-struct RowGradient {
-  float max, bits_per_logit, log2_sum, constant, slope_per_bit;
-
-  __device__ float operator()(float z) const {
-    const float log2_p = (z - max) * bits_per_logit - log2_sum;
-    return exp2_fast(log2_p) * (constant + slope_per_bit * fmaxf(log2_p, kLowestExponent));
-  }
-};
-
 // `grad` may be `logits`: every thread reads all it needs before it writes, and no other thread
 // reads that.
 template <class T>
@@ -183,8 +126,7 @@ __global__ void __launch_bounds__(kScoreThreads)
 
   const float inv_temperature = rows.inv_temperature(row);
   const auto grad_of = score_gradient(g, h, q, up.entropy[row], inv_temperature);
-  const RowGradient gradient{max, inv_temperature * kLog2E, log_sum * kLog2E, grad_of.constant,
-                             grad_of.slope * kLn2};
+  const RowGradient gradient = row_gradient(max, log_sum, inv_temperature, grad_of);
   const int64_t token = rows.tokens[row];
   Chunk<T> in[kGradientChunks];
 #pragma unroll

@@ -236,13 +236,16 @@ def gae(
 @functools.cache
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
-    from . import emulated_decoding as decoding  # it uses what is above
+    from . import emulated_decoding as decoding  # they use what is above
+    from . import emulated_kept as kept
 
     _ops.add_floor(FLOOR)
     kernels = (
         token_logprobs,
         token_logprobs_backward,
         token_logprobs_backward_inplace,
+        kept.kept_token_logprobs,
+        kept.kept_token_logprobs_backward,
         temperature_softmax,
         temperature_softmax_out,
         temperature_softmax_backward,

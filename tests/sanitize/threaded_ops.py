@@ -29,6 +29,9 @@ def work(seed: int) -> None:
         sample(z, **filters, return_stats=True, return_kept=True, backend="cpp")
         sample(z[:1], **filters, logprobs="raw", backend="cpp")  # one row on all threads
     filter_logits(z, top_p=0.9, backend="cpp")
+    kept = sample(z, top_k=9000, return_kept=True, backend="cpp").kept
+    out = token_logprobs(logits, kept.token_ids[kept.offsets[:-1]].long(), kept=kept, backend="cpp")
+    out.logprobs.sum().backward()
     old = torch.randn(6, 3000, generator=generator)
     logprobs = old.clone().requires_grad_()
     config = PolicyLossConfig(level="sequence", aggregation="seq-mean-token-mean")
