@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import outside_the_source_tree
 
 Score = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # logits [rows, V], tokens [rows]
 
@@ -25,15 +24,9 @@ def eager_with_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def trl(entropy: bool) -> Score:
-    """TRL's functions. transformers would take our folder ``kernels`` for the package of that name,
-    so the source tree leaves the path while they are imported.
-    """
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if entry not in ("", str(ROOT))]
-    try:
+    """TRL's functions."""
+    with outside_the_source_tree():
         from trl.trainer.utils import entropy_from_logits, selective_log_softmax
-    finally:
-        sys.path[:] = path
 
     def score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         logprobs = selective_log_softmax(logits, tokens)

@@ -12,7 +12,10 @@ from torch import Tensor
 from pyllmtune import _backend
 
 Results = dict[str, Any]  # name -> tensor, or number
-PROVIDERS = ("pyllmtune", "eager", "torch.compile", "trl")
+PROVIDERS = (
+    *("pyllmtune", "eager", "torch.compile", "trl"),
+    *("F.linear_cross_entropy", "matmul"),  # of linear_token_logprobs
+)
 PROBES = ("read", "clone", "rewrite")
 
 
@@ -26,6 +29,7 @@ class Provider:
         prepare: not timed.
         variant: extends the name of the case: other work, interleaved with the rest of the case.
         share: what the variant must move of the case's traffic.
+        slack: how much more than one rounding its results may be wrong, with a reason beside it.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Provider:
     prepare: Callable[[Any], Any] | None = None
     variant: str = ""
     share: float = 1.0
+    slack: float = 1.0
 
     @property
     def is_probe(self) -> bool:

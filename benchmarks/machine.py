@@ -6,7 +6,9 @@ import ctypes
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,6 +58,19 @@ def commit() -> str:
     if head is None:
         return ""
     return head + ("+" if git("status", "--porcelain", "--", *SOURCES) else "")
+
+
+@contextmanager
+def outside_the_source_tree() -> Iterator[None]:
+    """transformers would take our folder ``kernels`` for the package of that name, so the source
+    tree leaves the path while it is imported.
+    """
+    path = list(sys.path)
+    sys.path[:] = [entry for entry in path if entry not in ("", str(ROOT))]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
 
 
 def trl_version() -> str:

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, str]
-COLORS = {"pyllmtune": "#0b6e99", "eager": "#9aa5b1", "torch.compile": "#e08e45", "trl": "#7a5195"}
+COLORS = {
+    **{"pyllmtune": "#0b6e99", "eager": "#9aa5b1", "torch.compile": "#e08e45", "trl": "#7a5195"},
+    **{"F.linear_cross_entropy": "#c2504e", "matmul": "#4f7942"},
+}
 SWEEPS = {
     "forward over V": 1,
     "forward over N": 0,
+    "forward over D": 1,
     "out= over N": 0,
 }  # the axis of the shape that varies
 INK = "#2b3440"
@@ -105,8 +109,10 @@ def lines(axes: Axes, rows: list[Row], case: str) -> None:
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"{'N, rows' if axis == 0 else 'V, vocabulary'}")
-    axes.set_ylabel("ps per logit (log scale)")
+    names = {"N": "N, rows", "D": "D, width", "V": "V, vocabulary"}
+    axes.set_xlabel(names[case.split()[-1]])
+    work = "multiply-add" if here[0]["shape"].count("x") == 2 else "logit"
+    axes.set_ylabel(f"ps per {work} (log scale)")
     axes.set_title(case, fontsize=10, loc="left")
 
 

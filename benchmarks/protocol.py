@@ -107,7 +107,7 @@ def _compare(measurement: Measurement, got: Results, want: Results) -> None:
             shares.append(_share(difference.sum(-1), size.sum(-1)).amax())
         error = max(math.inf if share.isnan() else float(share) for share in shares)
         measurement.error = max(measurement.error, error)
-        allowed = TOLERANCE[value.dtype]
+        allowed = TOLERANCE[value.dtype] * measurement.provider.slack
         if value.dtype == torch.float32 and not measurement.provider.is_ours:
             allowed *= BASELINE
         measurement.excess = max(measurement.excess, error / allowed)

@@ -18,11 +18,20 @@ NAMESPACE = "pyllmtune"
 # logits [outer, inner, V] with unit last stride; tokens, mask and all results [outer, inner];
 # stats [2, outer, inner]: the row's maximum and log sum e^((z - max)/T), for backward
 _SCORE_INPUTS = "Tensor tokens, float temperature, Tensor? row_temperature, Tensor? mask"
-_SCORE_UPSTREAM = (
-    "Tensor entropy, Tensor stats, Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp"
+_SCORE_GRADIENT = (
+    _SCORE_INPUTS + ", Tensor entropy, Tensor stats,"
+    " Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp"
 )
-_SCORE_GRADIENT = f"{_SCORE_INPUTS}, {_SCORE_UPSTREAM}"
-_KEPT_INPUTS = f"Tensor offsets, Tensor token_ids, {_SCORE_INPUTS}"
+
+_TILE = (
+    "Tensor(a!) logits, int first, float scale, float softcap, Tensor? bias,"
+    " Tensor tokens, float temperature, Tensor? row_temperature"
+)
+# hidden [N, D], weight [V, D], bias [V], the rest [N]; stats [2, N]; softcap 0 is none
+_LINEAR_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor tokens, Tensor? bias, float temperature,"
+    " Tensor? row_temperature, float logit_scale, float softcap, Tensor? mask, int workspace_bytes"
+)
 
 # a scalar for all rows, or one value per row [rows], for each filter; `order` indexes
 # reference.row_filter.ORDERS
@@ -36,11 +45,13 @@ SCHEMAS = {
     " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
     "token_logprobs_backward": f"(Tensor logits, {_SCORE_GRADIENT}) -> Tensor",
     "token_logprobs_backward_inplace": f"(Tensor(a!) logits, {_SCORE_GRADIENT}) -> ()",
-    # logits [outer, inner, V], or [entries] of the kept tokens alone; offsets [rows + 1] and
-    # token_ids [entries] as in KeptTokens; the rest and the results [rows], stats [2, rows]
-    "kept_token_logprobs": f"(Tensor logits, {_KEPT_INPUTS})"
-    " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
-    "kept_token_logprobs_backward": f"(Tensor logits, {_KEPT_INPUTS}, {_SCORE_UPSTREAM}) -> Tensor",
+    # one tile of logits [rows, columns], float32 or float64, overwritten; columns first ... of V.
+    # bias [columns]; running [4, rows] = (max, sum, weighted, target logit), scores [3, rows] =
+    # (log-prob, entropy, logsumexp) of the columns so far
+    "linear_token_logprobs_tile": f"({_TILE}, Tensor(b!) running, Tensor(c!) scores) -> ()",
+    # stats [3, rows] = (max, sum, entropy), upstream [3, rows], grad [rows, columns]
+    "linear_token_logprobs_tile_backward": f"({_TILE}, Tensor stats, Tensor upstream,"
+    " Tensor(b!) grad) -> ()",
     # logits, output and grad [outer, inner, V] with unit last stride; row_temperature and
     # grad_temperature [outer, inner]; dtype is that of the logits or float32, as stored by the op
     "temperature_softmax": "(Tensor logits, float temperature, Tensor? row_temperature, bool log,"
@@ -79,6 +90,17 @@ SCHEMAS = {
     " bool carry_masked) -> (Tensor advantages, Tensor returns)",
 }
 
+# operators whose kernel is Python on every floor: loops over the operators above and torch's
+COMPOSED = {
+    "linear_token_logprobs": f"({_LINEAR_INPUTS})"
+    " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
+    # a gradient that is not wanted is returned empty
+    "linear_token_logprobs_backward": f"({_LINEAR_INPUTS}, Tensor entropy, Tensor stats,"
+    " Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp,"
+    " bool hidden_gradient, bool weight_gradient, bool bias_gradient)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+}
+
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _registrars: list[Callable[[str], None]] = []
 _floors: list[str] = []
@@ -98,7 +120,7 @@ def add_floor(floor: str) -> None:
     """Declare every operator for a floor and attach the fakes and gradients registered so far and
     later.
     """
-    for word, schema in SCHEMAS.items():
+    for word, schema in (SCHEMAS | COMPOSED).items():
         # strides are part of the contract: the last axis is contiguous, rows may be strided
         LIBRARY.define(op_name(word, floor) + schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _floors.append(floor)
@@ -114,6 +136,9 @@ def for_every_floor(registrar: Callable[[str], None]) -> None:
     for floor in _floors:
         registrar(floor)
 
+
+# out [M, N] (+)= a [M, K] @ b [K, N], any strides, accumulated in float32: what torch lacks on CPUs
+LIBRARY.define("matmul(Tensor a, Tensor b, bool add, Tensor(a!) out) -> ()")
 
 add_floor("cpp")
 add_floor("triton")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyllmtune import (
-    KeptTokens,
     _backend,
     filter_logits,
     gae,
+    linear_token_logprobs,
     policy_loss,
     sample,
     temperature_softmax,
@@ -52,14 +52,16 @@ def _score(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*(value.detach() for value in out), logits.grad]
 
 
-def _kept(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+def _head(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(7, 3001, generator=generator) * 3).to(device, dtype).requires_grad_()
-    kept = KeptTokens.from_mask(torch.rand(7, 3001, generator=generator).to(device) < 0.1)
-    tokens = kept.token_ids[kept.offsets[:-1]].long()
-    out = token_logprobs(logits, tokens, temperature=0.8, kept=kept, backend=backend)
+    hidden, weight = (torch.randn(rows, 65, generator=generator) for rows in (7, 3001))
+    hidden = hidden.to(device, dtype).requires_grad_()
+    weight = (weight / 3).to(device, dtype).requires_grad_()
+    tokens = torch.randint(0, 3001, (7,), generator=generator).to(device)
+    options = {"temperature": 0.8, "softcap": 20.0, "mask": tokens % 4 > 0}
+    out = linear_token_logprobs(hidden, weight, tokens, backend=backend, **options)
     sum(value.square().sum() for value in out).backward()
-    return [*(value.detach() for value in out), logits.grad]
+    return [*(value.detach() for value in out), hidden.grad, weight.grad]
 
 
 def _decode(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -114,7 +116,7 @@ def _gae(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
 CHECKS = {
     "temperature_softmax": _softmax,
     "token_logprobs": _score,
-    "kept_token_logprobs": _kept,
+    "linear_token_logprobs": _head,
     "sample": _decode,
     "policy_loss": _policy,
     "gae": _gae,

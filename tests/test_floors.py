@@ -17,13 +17,8 @@ from tests import helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
-    "temperature_softmax",
-    "token_logprobs",
-    "kept_token_logprobs",
-    "filter_logits",
-    "sample",
-    "policy_loss",
-    "gae",
+    *("temperature_softmax", "token_logprobs", "linear_token_logprobs"),
+    *("filter_logits", "sample", "policy_loss", "gae"),
 )
 ROOMS = (
     "csrc/cpu/{}.cpp",
@@ -39,7 +34,8 @@ ROOMS = (
 
 
 def schema_arguments(name: str) -> list[str]:
-    schema = torch._C.parse_schema(f"{_ops.NAMESPACE}::{name}{_ops.SCHEMAS[name]}")
+    schemas = _ops.SCHEMAS | _ops.COMPOSED
+    schema = torch._C.parse_schema(f"{_ops.NAMESPACE}::{name}{schemas[name]}")
     return [argument.name for argument in schema.arguments]
 
 
@@ -62,7 +58,9 @@ def test_every_op_has_every_room(word, room):
 
 
 def test_every_schema_belongs_to_a_word():
-    assert all(any(name.startswith(word) for word in WORDS) for name in _ops.SCHEMAS)
+    assert all(
+        any(name.startswith(word) for word in WORDS) for name in _ops.SCHEMAS | _ops.COMPOSED
+    )
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -100,7 +98,7 @@ def test_compiled_floors_implement_every_schema(name, floor):
 @pytest.mark.parametrize("floor", ("cpp", "triton"))
 def test_every_operator_is_implemented(floor):
     helpers.need(floor)
-    for name in _ops.SCHEMAS:
+    for name in _ops.SCHEMAS | _ops.COMPOSED:
         qualified = f"{_ops.NAMESPACE}::{_ops.op_name(name, floor)}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"), qualified
 

@@ -95,6 +95,18 @@ inline F32x16 exp_of(F32x16 x) {
   return p * pow2_of_shifted(half) * pow2_of_shifted(n - (half - F32x16(kShift)) + F32x16(kShift));
 }
 
+// tanh x, 2 ulp: Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) loses its digits.
+inline F32x16 tanh_of(F32x16 x) {
+  const F32x16 zero(0.0f), one(1.0f), size = max_of(x, zero - x), square = x * x;
+  const F32x16 far = one - F32x16(2.0f) / (exp_of(size + size) + one);
+  F32x16 p(-5.70498872745e-3f);
+  p = fma_of(p, square, F32x16(2.06390887954e-2f));
+  p = fma_of(p, square, F32x16(-5.37397155531e-2f));
+  p = fma_of(p, square, F32x16(1.33314422036e-1f));
+  p = fma_of(p, square, F32x16(-3.33332819422e-1f));
+  return select(size < F32x16(0.625f), fma_of(p * square, x, x), select(x < zero, zero - far, far));
+}
+
 // ln x for normal x > 0, 1 ulp: Cephes' polynomial of the mantissa in [sqrt(1/2), sqrt(2)). What it
 // returns for 0, subnormal, negative and NaN is of no use.
 inline F32x16 log_of(F32x16 x) {
@@ -129,6 +141,7 @@ struct F64x1 {
 inline F64x1 operator+(F64x1 a, F64x1 b) { return F64x1(a.v + b.v); }
 inline F64x1 operator-(F64x1 a, F64x1 b) { return F64x1(a.v - b.v); }
 inline F64x1 operator*(F64x1 a, F64x1 b) { return F64x1(a.v * b.v); }
+inline F64x1 operator/(F64x1 a, F64x1 b) { return F64x1(a.v / b.v); }
 inline F64x1 fma_of(F64x1 a, F64x1 b, F64x1 c) { return F64x1(a.v * b.v + c.v); }
 inline F64x1 max_of(F64x1 a, F64x1 b) { return F64x1(a.v > b.v ? a.v : b.v); }
 inline bool operator<(F64x1 a, F64x1 b) { return a.v < b.v; }
@@ -145,6 +158,7 @@ inline double reduce_sum(F64x1 x) { return x.v; }
 inline double reduce_max(F64x1 x) { return x.v; }
 inline void stream(double* p, F64x1 x) { store(p, x); }
 inline F64x1 exp_of(F64x1 x) { return F64x1(exp(x.v)); }
+inline F64x1 tanh_of(F64x1 x) { return F64x1(tanh(x.v)); }
 inline F64x1 log_of(F64x1 x) { return F64x1(log(x.v)); }
 inline F64x1 exp2_nonpositive(F64x1& y) {
   y.v = y.v < -1100.0 ? -1100.0 : y.v;

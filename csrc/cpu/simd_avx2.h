@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#include <utility>
+
 namespace pyllmtune {
 
 struct Mask16 {
@@ -64,6 +66,9 @@ inline F32x16 operator-(F32x16 x, F32x16 y) {
 }
 inline F32x16 operator*(F32x16 x, F32x16 y) {
   return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+inline F32x16 operator/(F32x16 x, F32x16 y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
 }
 inline F32x16 fma_of(F32x16 x, F32x16 y, F32x16 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
@@ -157,6 +162,21 @@ inline float reduce_max(F32x16 x) {
 
 // one rounding on every instruction set, unlike fma_of
 inline F32x16 fused_of(F32x16 a, F32x16 b, F32x16 c) { return fma_of(a, b, c); }
+
+// Lane i of x[k] to lane k of x[i].
+inline void transpose(F32x16 (&x)[16]) {
+  float lane[16][16];
+  for (int i = 0; i < 16; ++i) store(lane[i], x[i]);
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < i; ++k) std::swap(lane[i][k], lane[k][i]);
+  for (int i = 0; i < 16; ++i) x[i] = load(lane[i]);
+}
+
+// The part of a product of matrices held in registers: 12 of 16 registers.
+constexpr int kMatmulRows = 6, kMatmulVectors = 1;
+#define PLT_PAIR_TARGET
+inline bool multiplies_pairs() { return false; }
+inline F32x16 add_pair_products(F32x16 sum, uint32_t, const uint32_t*) { return sum; }
 
 // Sum of floats below 2^63, 0 or more, each cut to an integer: the 24-bit mantissa, shifted by the
 // exponent. A shift count below 0 is huge as an unsigned number, and such a shift gives 0.

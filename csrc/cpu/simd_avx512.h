@@ -34,6 +34,7 @@ inline F32x16 operator+(F32x16 a, F32x16 b) { return _mm512_add_ps(a.v, b.v); }
 inline F32x16 operator-(F32x16 a, F32x16 b) { return _mm512_sub_ps(a.v, b.v); }
 inline F32x16 operator*(F32x16 a, F32x16 b) { return _mm512_mul_ps(a.v, b.v); }
 inline F32x16 fma_of(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline F32x16 operator/(F32x16 a, F32x16 b) { return _mm512_div_ps(a.v, b.v); }
 inline F32x16 max_of(F32x16 a, F32x16 b) { return _mm512_max_ps(a.v, b.v); }
 inline F32x16 min_of(F32x16 a, F32x16 b) { return _mm512_min_ps(a.v, b.v); }
 inline Mask16 operator<(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
@@ -104,6 +105,43 @@ inline float reduce_max(F32x16 x) { return _mm512_reduce_max_ps(x.v); }
 
 // one rounding on every instruction set, unlike fma_of
 inline F32x16 fused_of(F32x16 a, F32x16 b, F32x16 c) { return fma_of(a, b, c); }
+
+// Lane i of x[k] to lane k of x[i].
+inline void transpose(F32x16 (&x)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    a[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)  // fours: b[i + j] has columns j, 4 + j, 8 + j, 12 + j
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + 2 + j]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low02 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x88);
+    const __m512 low13 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xdd);
+    const __m512 high02 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512 high13 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xdd);
+    x[j].v = _mm512_shuffle_f32x4(low02, high02, 0x88);
+    x[4 + j].v = _mm512_shuffle_f32x4(low13, high13, 0x88);
+    x[8 + j].v = _mm512_shuffle_f32x4(low02, high02, 0xdd);
+    x[12 + j].v = _mm512_shuffle_f32x4(low13, high13, 0xdd);
+  }
+}
+
+// The part of a product of matrices held in registers: 24 of 32 registers.
+constexpr int kMatmulRows = 12, kMatmulVectors = 2;
+
+// sum + the products of a pair of bfloat16 with sixteen pairs. Callers are compiled for it, and ask
+// multiplies_pairs() before.
+#define PLT_PAIR_TARGET __attribute__((target("avx512bf16")))
+inline bool multiplies_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+PLT_PAIR_TARGET inline F32x16 add_pair_products(F32x16 sum, uint32_t a, const uint32_t* b) {
+  return _mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                          (__m512bh)_mm512_loadu_si512(b));
+}
 
 // Sum of floats below 2^63, 0 or more, each cut to an integer.
 struct IntegerSum {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace pyllmtune {
 
@@ -79,6 +80,9 @@ inline F32x16 operator-(F32x16 a, F32x16 b) {
 }
 inline F32x16 operator*(F32x16 a, F32x16 b) {
   return per_lane(a, b, [](float x, float y) { return x * y; });
+}
+inline F32x16 operator/(F32x16 a, F32x16 b) {
+  return per_lane(a, b, [](float x, float y) { return x / y; });
 }
 inline F32x16 fma_of(F32x16 a, F32x16 b, F32x16 c) { return a * b + c; }
 inline F32x16 max_of(F32x16 a, F32x16 b) {
@@ -187,6 +191,21 @@ inline F32x16 fused_of(F32x16 a, F32x16 b, F32x16 c) {
   PLT_LANES a.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]);
   return a;
 }
+
+// Lane i of x[k] to lane k of x[i].
+inline void transpose(F32x16 (&x)[16]) {
+  float lane[16][16];
+  for (int i = 0; i < 16; ++i) store(lane[i], x[i]);
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < i; ++k) std::swap(lane[i][k], lane[k][i]);
+  for (int i = 0; i < 16; ++i) x[i] = load(lane[i]);
+}
+
+// The part of a product of matrices held in registers.
+constexpr int kMatmulRows = 3, kMatmulVectors = 1;
+#define PLT_PAIR_TARGET
+inline bool multiplies_pairs() { return false; }
+inline F32x16 add_pair_products(F32x16 sum, uint32_t, const uint32_t*) { return sum; }
 
 // Sum of floats below 2^63, 0 or more, each cut to an integer.
 struct IntegerSum {

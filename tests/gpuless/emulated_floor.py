@@ -237,15 +237,13 @@ def gae(
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
     from . import emulated_decoding as decoding  # they use what is above
-    from . import emulated_kept as kept
+    from . import emulated_linear as linear
 
     _ops.add_floor(FLOOR)
     kernels = (
         token_logprobs,
         token_logprobs_backward,
         token_logprobs_backward_inplace,
-        kept.kept_token_logprobs,
-        kept.kept_token_logprobs_backward,
         temperature_softmax,
         temperature_softmax_out,
         temperature_softmax_backward,
@@ -255,6 +253,8 @@ def install() -> None:
         decoding.sample,
         policy_loss,
         gae,
+        linear.linear_token_logprobs_tile,
+        linear.linear_token_logprobs_tile_backward,
     )
     for kernel in kernels:
         _ops.LIBRARY.impl(_ops.op_name(kernel.__name__, FLOOR), kernel, "CPU")

@@ -8,6 +8,7 @@ from pyllmtune import (
     PolicyLossConfig,
     filter_logits,
     gae,
+    linear_token_logprobs,
     policy_loss,
     sample,
     temperature_softmax,
@@ -29,9 +30,11 @@ def work(seed: int) -> None:
         sample(z, **filters, return_stats=True, return_kept=True, backend="cpp")
         sample(z[:1], **filters, logprobs="raw", backend="cpp")  # one row on all threads
     filter_logits(z, top_p=0.9, backend="cpp")
-    kept = sample(z, top_k=9000, return_kept=True, backend="cpp").kept
-    out = token_logprobs(logits, kept.token_ids[kept.offsets[:-1]].long(), kept=kept, backend="cpp")
-    out.logprobs.sum().backward()
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = (torch.randn(n, 70, generator=generator).to(dtype) for n in (900, 2500))
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+        tokens = torch.arange(900)
+        linear_token_logprobs(hidden, weight, tokens, backend="cpp").entropy.sum().backward()
     old = torch.randn(6, 3000, generator=generator)
     logprobs = old.clone().requires_grad_()
     config = PolicyLossConfig(level="sequence", aggregation="seq-mean-token-mean")

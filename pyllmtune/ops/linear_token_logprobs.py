@@ -1,0 +1,220 @@
+"""linear_token_logprobs: token_logprobs from hidden states, without the logits in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyllmtune import _backend, _checks, _ops
+from pyllmtune._backend import Backend
+from pyllmtune.ops import linear_tiles as tiles
+from pyllmtune.ops.token_logprobs import TokenLogprobs
+from pyllmtune.reference import linear_token_logprobs as reference
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: Backend = "auto",
+) -> TokenLogprobs:
+    """Log-prob of ``tokens``, entropy and logsumexp of ``softmax(z / temperature)``, where ``z =
+    softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``, without ``[N, V]`` in
+    memory.
+
+    All three results are differentiable in ``hidden``, ``weight`` and ``bias``, in any combination.
+    Masked rows are left out of every matmul; rows whose upstream gradients are all zero (masked,
+    clipped, zero advantage) are left out of backward. Logits are made tile by tile, and again in
+    backward: four matmuls for forward and backward instead of three.
+
+    bfloat16 operands are multiplied as they are and summed in float32; logits are never rounded to
+    bfloat16, and float32 operands never leave float32. Gradients are summed in float32 and rounded
+    once. On the CPU a row's results and hidden gradient have the same bits in any batch, and no
+    result depends on ``workspace_bytes`` or the number of threads.
+
+    Inside ``torch.autocast`` hidden and weight are cast as ``torch.nn.functional.linear`` would.
+
+    Args:
+        hidden: ``[..., D]``, float16, bfloat16, float32 or float64.
+        weight: ``[V, D]``, the lm_head, in the dtype of ``hidden``.
+        tokens: ``[...]``, int64 or int32, in ``[0, V)`` wherever the mask selects.
+        bias: ``[V]``; -inf forbids a token.
+        temperature: positive scalar, or one per token ``[...]``.
+        logit_scale: multiplies the logits (Cohere, Granite).
+        softcap: bound of the logits (Gemma 2), applied before the temperature.
+        mask: ``[...]``, true selects. Masked rows give exactly 0, with gradient exactly 0, whatever
+            they hold. On a GPU the number of selected rows is read by the host.
+        workspace_bytes: bound of the memory for tiles of logits and their gradient, 32 MiB by
+            default (512 MiB on a GPU). Backward also holds the gradient of ``hidden`` and of one
+            tile of ``weight`` in float32.
+        backend: ``"auto"`` takes the fastest present; a named one is used or refused, never
+            replaced.
+
+    Returns:
+        ``TokenLogprobs(logprobs, entropy, logsumexp)`` as of ``token_logprobs``: float32 (float64
+        for float64), each ``[...]``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices differ, D or V is 0, a number is out of its range, or (on the
+            CPU, outside ``torch.compile``) an unmasked token is not in ``[0, V)``; elsewhere such a
+            token turns its own row into NaN.
+
+    >>> import torch
+    >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    >>> out = linear_token_logprobs(hidden, weight, torch.tensor([0]))
+    >>> out.logprobs.exp()  # logits 3 and 1
+    tensor([0.8808])
+    """
+    _checks.check_tensor("hidden", hidden, _checks.FLOATS)
+    _checks.check_tensor("weight", weight, _checks.FLOATS)
+    device, shape = hidden.device, hidden.shape[:-1]
+    hidden, weight = _autocast(hidden, weight)
+    _check_head(hidden, weight)
+    select = _checks.as_mask(mask, shape, device, "the leading shape of hidden")
+    # the logits that are never made: a view of one number
+    _checks.check_tokens(tokens, weight.new_empty(()).expand(*shape, weight.shape[0]), select)
+    scalar, per_row = _checks.split_temperature(temperature, shape, device)
+    wide = tiles.accumulator(hidden.dtype)
+    if bias is not None:
+        _checks.check_tensor("bias", bias, _checks.FLOATS)
+        _checks.check_like("bias", bias, weight.shape[:1], device, "one per row of weight")
+        bias = bias.to(wide).contiguous()
+    scale, cap = _check_numbers(logit_scale, softcap)
+    floor = _backend.resolve(backend, device, hidden.dtype)
+
+    operator = floor != "reference"
+    run = (
+        _ops.handle("linear_token_logprobs", floor) if operator else reference.linear_token_logprobs
+    )
+    results = run(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        tokens.reshape(-1).contiguous().long(),
+        bias,
+        scalar,
+        None if per_row is None else per_row.to(wide).reshape(-1).contiguous(),
+        scale,
+        cap,
+        None if select is None else select.reshape(-1),
+        _check_workspace(workspace_bytes, device, hidden.dtype),
+    )
+    return TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _check_head(hidden: Tensor, weight: Tensor) -> None:
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must be [..., D] with D at least 1, got {list(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be [V, {hidden.shape[-1]}] with V at least 1, as hidden is "
+            f"{list(hidden.shape)}; got {list(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight is {weight.dtype} and hidden {hidden.dtype}; convert one of them with .to()"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(
+            f"weight is on {weight.device}, hidden on {hidden.device}; move it with .to()"
+        )
+
+
+def _check_numbers(logit_scale: float, softcap: float | None) -> tuple[float, float]:
+    scale = float(logit_scale)
+    if not -math.inf < scale < math.inf or scale == 0.0:
+        raise ValueError(f"logit_scale must be finite and not 0, got {scale}; 1 changes nothing")
+    cap = 0.0 if softcap is None else float(softcap)
+    if softcap is not None and not 0.0 < cap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {cap}; None is no cap")
+    return scale, cap
+
+
+def _check_workspace(workspace_bytes: int | None, device: torch.device, dtype: torch.dtype) -> int:
+    if workspace_bytes is None:
+        return tiles.WORKSPACE.get(device.type, tiles.WORKSPACE["cpu"])
+    least = tiles.CHUNK_ROWS * tiles.row_bytes(device, dtype)
+    if workspace_bytes < least:
+        raise ValueError(
+            f"workspace_bytes must be at least {least}, one tile of {tiles.CHUNK_ROWS} rows, got "
+            f"{workspace_bytes}; None takes the default"
+        )
+    return int(workspace_bytes)
+
+
+def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[0], tiles.accumulator(hidden.dtype)
+    one = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
+    return (*one, hidden.new_empty((2, rows), dtype=dtype))
+
+
+def _fake_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    of_hidden, of_weight, of_bias = rest[-3:]
+    return (
+        hidden.new_empty(hidden.shape if of_hidden else (0, hidden.shape[1])),
+        weight.new_empty(weight.shape if of_weight else (0,)),
+        weight.new_empty(
+            weight.shape[:1] if of_bias else (0,), dtype=tiles.accumulator(weight.dtype)
+        ),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, tokens, bias, temperature, row_temperature, scale, cap, mask, space = inputs
+    _, entropy, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(hidden, weight, tokens, bias, row_temperature, mask, entropy, stats)
+    ctx.numbers = temperature, scale, cap, space
+
+
+def _register(floor: str) -> None:
+    forward, backward = (
+        f"{_ops.NAMESPACE}::{_ops.op_name(word, floor)}"
+        for word in ("linear_token_logprobs", "linear_token_logprobs_backward")
+    )
+    tile, tile_backward = (
+        f"{_ops.NAMESPACE}::{_ops.op_name(word, floor)}"
+        for word in ("linear_token_logprobs_tile", "linear_token_logprobs_tile_backward")
+    )
+
+    @once_differentiable
+    def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens, bias, row_temperature, mask, entropy, stats = ctx.saved_tensors
+        temperature, scale, cap, space = ctx.numbers
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        found = _ops.handle("linear_token_logprobs_backward", floor)(
+            *(hidden, weight, tokens, bias, temperature, row_temperature, scale, cap, mask, space),
+            *(entropy, stats, *(grad.contiguous() for grad in grads[:3]), *wanted),
+        )
+        by_hidden, by_weight, by_bias = (
+            grad if want else None for grad, want in zip(found, wanted, strict=True)
+        )
+        return (by_hidden, by_weight, None, by_bias, *(None,) * 6)
+
+    torch.library.register_fake(forward, _fake_forward, lib=_ops.LIBRARY)
+    torch.library.register_fake(backward, _fake_backward, lib=_ops.LIBRARY)
+    torch.library.register_fake(tile, lambda *args: None, lib=_ops.LIBRARY)
+    torch.library.register_fake(tile_backward, lambda *args: None, lib=_ops.LIBRARY)
+    torch.library.register_autograd(forward, gradient, setup_context=_save, lib=_ops.LIBRARY)
+
+
+_ops.for_every_floor(_register)
