@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("check", help="run every op on every backend present against the reference")
     commands.add_parser(
         "demo",
-        help="tune a small language model by GRPO, ours beside eager PyTorch",
+        help="tune a small language model, ours beside eager PyTorch",
         add_help=False,
     )
     commands.add_parser(

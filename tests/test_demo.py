@@ -13,11 +13,11 @@ import pyllmtune.demo
 from pyllmtune import sample
 from pyllmtune.demo import eager, fused, picture, table
 from pyllmtune.demo.evaluate import EXAMPLES, accuracy, few_shot_prompts
-from pyllmtune.demo.grpo import GrpoSettings, Run, rewards
 from pyllmtune.demo.lockstep import TOLERANCE, Lockstep
+from pyllmtune.demo.loop import Run, RunSettings, rewards
 from pyllmtune.demo.losses import Batch, objectives
 from pyllmtune.demo.model import Cache, ModelConfig, Transformer
-from pyllmtune.demo.rollout import answer_logits, answer_seeds, generate, pad_left, without_padding
+from pyllmtune.demo.rollout import answer_outputs, answer_seeds, generate, pad_left, without_padding
 from pyllmtune.demo.supervised import document
 from pyllmtune.demo.task import Question, few_shot, is_right, make_split
 from pyllmtune.demo.train import Comparison
@@ -110,7 +110,7 @@ def test_cached_generation_equals_the_full_forward():
     with torch.no_grad():
         for row, answer in enumerate(answers):
             alone = torch.tensor([encode(prompts[row // copies])])
-            full = answer_logits(model, alone, answer[None])[0]  # [T, V]
+            full = answer_outputs(model, alone, answer[None]).logits[0]  # [T, V]
             cache = Cache(SMALL, 1, alone.shape[1] + length)
             cached = [model(alone, cache)[:, -1]]
             cached += [
@@ -227,24 +227,24 @@ def test_lockstep_sees_a_loss_that_is_off():
     model = Transformer(SMALL)
     split = make_split(validation=16, held_out=16)
     objective = objectives(0.02, 0.01)["grpo"]
-    settings = GrpoSettings(objective, seed=0, steps=9, questions=4, group_size=4)
-    good = Lockstep(fused.LIBRARY, eager.LIBRARY, objective.config)
+    settings = RunSettings(objective, seed=0, steps=9, questions=4, group_size=4)
+    good = Lockstep(fused.LIBRARY, eager.LIBRARY, objective)
     Run(model, fused.LIBRARY, settings, split.train).step(1, good)
     assert good.updates == 2 and good.passed and 0 < good.gradient_difference < TOLERANCE
 
-    def wrong(logits, batch, config, normalizer):
-        loss = eager.loss(logits, batch, config, normalizer)
+    def wrong(*arguments):
+        loss = eager.batch_loss(*arguments)
         return loss._replace(value=loss.value * (1 + 1e-4))
 
-    off = Lockstep(fused.LIBRARY, eager.LIBRARY._replace(loss=wrong), objective.config)
+    off = Lockstep(fused.LIBRARY, eager.LIBRARY._replace(loss=wrong), objective)
     Run(model, fused.LIBRARY, settings, split.train).step(1, off)
     assert not off.passed and off.gradient_difference == pytest.approx(1e-4, rel=0.1)
 
-    def undefined(logits, batch, config, normalizer):
-        loss = eager.loss(logits, batch, config, normalizer)
+    def undefined(*arguments):
+        loss = eager.batch_loss(*arguments)
         return loss._replace(value=loss.value * torch.nan)
 
-    lost = Lockstep(fused.LIBRARY, eager.LIBRARY._replace(loss=undefined), objective.config)
+    lost = Lockstep(fused.LIBRARY, eager.LIBRARY._replace(loss=undefined), objective)
     Run(model, fused.LIBRARY, settings, split.train).step(1, lost)
     assert not lost.passed  # NaN is no smaller than the tolerance
 
@@ -254,11 +254,11 @@ def test_two_runs_coincide_and_the_comparison_notes_the_first_difference():
     model = Transformer(SMALL)
     split = make_split(validation=16, held_out=16)
     objective = objectives(0.02, 0.01)["grpo"]
-    settings = GrpoSettings(
+    settings = RunSettings(
         objective, seed=0, steps=9, questions=4, group_size=4, keyword_weight=0.5
     )
     runs = [Run(model, library.LIBRARY, settings, split.train) for library in (fused, eager)]
-    comparison = Comparison(Lockstep(*(run.library for run in runs), objective.config))
+    comparison = Comparison(Lockstep(*(run.library for run in runs), objective))
     for step in (1, 2):
         for run in runs:
             run.step(step)

@@ -1,4 +1,4 @@
-"""The demo: a small language model, trained and then tuned by GRPO, ours beside eager PyTorch.
+"""The demo: a small language model, trained and then tuned, ours beside eager PyTorch.
 
 ``python -m pyllmtune demo --help`` says what can be chosen.
 """

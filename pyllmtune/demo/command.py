@@ -48,8 +48,8 @@ def _run(settings: Settings) -> int:
 
     split = make_split(settings.validation, settings.held_out)
     start = timed("supervision", lambda: _supervise(config, split, settings))
-    runs, comparison = timed("GRPO", lambda: train(start, split, settings))
-    _print("Accuracy", report.accuracies(runs, len(split.held_out)))
+    runs, comparison = timed(settings.title, lambda: train(start, split, settings))
+    _print("Accuracy", report.accuracies(runs, len(split.held_out), settings.title))
     print("for example")
     _print("", report.examples(start, runs[0].policy, split.held_out[:3]))
     if comparison is not None:
@@ -67,7 +67,9 @@ def _run(settings: Settings) -> int:
     files.write_summary(
         settings.out / "summary.json", settings, about, seconds, runs, comparison, results
     )
-    problem = picture.draw(settings.out / "curves.png", runs, _title(runs[0].accuracies))
+    problem = picture.draw(
+        settings.out / "curves.png", runs, _title(settings.title, runs[0].accuracies)
+    )
     _print("Times", report.phases(seconds, runs))
     written = "curves.csv, summary.json" if problem else "curves.png, curves.csv, summary.json"
     print(f"written to {settings.out}: {written}" + (f"; {problem}" if problem else ""))
@@ -89,10 +91,10 @@ def _supervise(config: ModelConfig, split: Split, settings: Settings) -> Transfo
         return supervise(config, split, settings.seed, settings.stop, on_step)
 
 
-def _title(accuracies: dict[int, Accuracy]) -> str:
+def _title(algorithm: str, accuracies: dict[int, Accuracy]) -> str:
     measured = list(accuracies.values())
     return (
-        "GRPO on two-digit arithmetic: zero-shot accuracy "
+        f"{algorithm} on two-digit arithmetic: zero-shot accuracy "
         f"{measured[0].zero_shot:.0%} to {measured[-1].zero_shot:.0%}, "
         f"few-shot {measured[0].few_shot:.0%} to {measured[-1].few_shot:.0%}"
     )

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllmtune import PolicyLossConfig
-from pyllmtune.demo.losses import Batch, Library, Loss, Scale
+from pyllmtune.demo.losses import Batch, Library, Loss, Objective, Sampled, Scale, normalizer
+from pyllmtune.demo.rollout import Outputs
 
 
 def score(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -45,7 +46,9 @@ def terms(
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(mask)
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
-    advantage = batch.advantages[:, None]  # [B, 1]
+    advantage = batch.advantages  # one per token, or per answer
+    if advantage.dim() == 1:
+        advantage = advantage[:, None]
     if config.rule == "ppo":
         per_token = -torch.min(ratio * advantage, bounded * advantage)
         clipped = bounded * advantage < ratio * advantage
@@ -82,4 +85,13 @@ def loss(logits: Tensor, batch: Batch, config: PolicyLossConfig, normalizer: flo
     return named(*terms(logits, batch, config, normalizer))
 
 
-LIBRARY = Library("eager PyTorch", score, advantages, loss)
+def credit(sampled: Sampled, objective: Objective) -> Batch:
+    """Each answer against the others of its group."""
+    return Batch(*sampled[:4], advantages(sampled.reward, sampled.group_size, objective.scale))
+
+
+def batch_loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:
+    return loss(outputs.logits, batch, objective.config, normalizer(batch))
+
+
+LIBRARY = Library("eager PyTorch", score, credit, batch_loss)

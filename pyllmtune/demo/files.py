@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllmtune.demo.evaluate import Accuracy
-from pyllmtune.demo.grpo import Record, Run
+from pyllmtune.demo.loop import Record, Run
 from pyllmtune.demo.settings import Settings
 from pyllmtune.demo.table import Result
 from pyllmtune.demo.train import Comparison

@@ -1,4 +1,4 @@
-"""GRPO's loss through pyllmtune: one read of the logits, one pass over the tokens."""
+"""The policy loss through pyllmtune: one read of the logits, one pass over the tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from torch import Tensor
 
 import pyllmtune
 from pyllmtune import PolicyLossConfig
-from pyllmtune.demo.losses import Batch, Library, Loss, Scale
+from pyllmtune.demo.losses import Batch, Library, Loss, Objective, Sampled, Scale, normalizer
+from pyllmtune.demo.rollout import Outputs
 
 
 def score(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -42,4 +43,13 @@ def loss(logits: Tensor, batch: Batch, config: PolicyLossConfig, normalizer: flo
     return Loss(value, logprobs, shown)
 
 
-LIBRARY = Library("pyllmtune", score, advantages, loss)
+def credit(sampled: Sampled, objective: Objective) -> Batch:
+    """Each answer against the others of its group."""
+    return Batch(*sampled[:4], advantages(sampled.reward, sampled.group_size, objective.scale))
+
+
+def batch_loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:
+    return loss(outputs.logits, batch, objective.config, normalizer(batch))
+
+
+LIBRARY = Library("pyllmtune", score, credit, batch_loss)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyllmtune import PolicyLossConfig
-from pyllmtune.demo.losses import Batch, Library, normalizer
+from pyllmtune.demo.losses import Batch, Library, Objective
 from pyllmtune.demo.model import Transformer
-from pyllmtune.demo.rollout import answer_logits
+from pyllmtune.demo.rollout import answer_outputs
 
 TOLERANCE = 1e-5  # relative, float32
 
@@ -16,8 +15,8 @@ TOLERANCE = 1e-5  # relative, float32
 class Lockstep:
     """Compares before an update, without touching the run; keeps the largest difference seen."""
 
-    def __init__(self, first: Library, second: Library, config: PolicyLossConfig) -> None:
-        self.libraries, self.config = (first, second), config
+    def __init__(self, first: Library, second: Library, objective: Objective) -> None:
+        self.libraries, self.objective = (first, second), objective
         self.updates = 0
         self.loss_difference = self.gradient_difference = 0.0
 
@@ -25,8 +24,9 @@ class Lockstep:
         (loss, gradient), (other_loss, other_gradient) = (
             self._evaluate(library, policy, prompts, batch) for library in self.libraries
         )
-        # the loss sums terms of the size of the advantages, which cancel: that size is the scale
-        scale = max(batch.advantages.abs().mean().item(), abs(other_loss))
+        # a loss may sum terms of the size of the advantages, which cancel: that size is the scale
+        terms = 0.0 if batch.advantages is None else batch.advantages.abs().mean().item()
+        scale = max(terms, abs(other_loss))
         norm = other_gradient.norm().item()
         self.updates += 1
         self.loss_difference = _worse(
@@ -43,8 +43,8 @@ class Lockstep:
         self, library: Library, policy: Transformer, prompts: Tensor, batch: Batch
     ) -> tuple[float, Tensor]:
         """The loss, and its gradient in all weights as one float64 vector."""
-        logits = answer_logits(policy, prompts, batch.tokens)
-        value = library.loss(logits, batch, self.config, normalizer(batch)).value
+        outputs = answer_outputs(policy, prompts, batch.tokens)
+        value = library.loss(outputs, batch, self.objective).value
         gradients = torch.autograd.grad(value, list(policy.parameters()))
         return value.item(), torch.cat([gradient.flatten().double() for gradient in gradients])
 

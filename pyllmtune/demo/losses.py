@@ -1,4 +1,4 @@
-"""What GRPO takes from a library: scores of tokens, advantages of groups, and the policy loss."""
+"""What training takes from a library: scores of tokens, credit for answers, and the loss."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyllmtune import PolicyLossConfig
-from pyllmtune.demo.rollout import ANSWER_LENGTH
+from pyllmtune.demo.rollout import ANSWER_LENGTH, Outputs
 
 Scale = Literal["std", "none"]
+_DEFAULT = PolicyLossConfig()
 
 
 @dataclass(frozen=True)
 class Objective:
     """A named loss: how rewards become advantages, and what is done with them."""
 
-    scale: Scale
-    config: PolicyLossConfig
+    scale: Scale = "none"
+    config: PolicyLossConfig = _DEFAULT
+    updates: int = 2  # optimiser steps per rollout: at the second the ratio is not 1
+    critic: bool = False  # a value head estimates what is to come
+    offline: bool = False  # the answers are the supervised model's, whatever the policy does
+    learning_rate: float = 1e-3  # of AdamW, at its peak
 
 
 def objectives(kl_coef: float, entropy_coef: float) -> dict[str, Objective]:
@@ -42,14 +48,34 @@ def objectives(kl_coef: float, entropy_coef: float) -> dict[str, Objective]:
     }
 
 
-class Batch(NamedTuple):
-    """One rollout: what an update holds fixed. B answers of at most T tokens."""
+class Sampled(NamedTuple):
+    """One rollout with its rewards. B answers of at most T tokens, groups in neighbouring rows."""
 
     tokens: Tensor  # [B, T] int64, padded
     mask: Tensor  # [B, T] bool, the tokens of the answer
+    old_logprobs: Tensor  # [B, T], of the policy that answered
+    ref_logprobs: Tensor  # [B, T]
+    reward: Tensor  # [B]
+    group_size: int
+    values: Tensor | None  # [B, T], with a critic
+
+    @property
+    def token_rewards(self) -> Tensor:
+        """``[B, T]``: an answer is paid at its last token."""
+        last = self.mask & (self.mask.cumsum(1) == self.mask.sum(1, keepdim=True))
+        return torch.where(last, self.reward[:, None], 0.0)
+
+
+class Batch(NamedTuple):
+    """What an update holds fixed."""
+
+    tokens: Tensor  # [B, T]
+    mask: Tensor  # [B, T]
     old_logprobs: Tensor | None  # [B, T]; None: the policy has not moved yet
     ref_logprobs: Tensor  # [B, T]
-    advantages: Tensor  # [B]
+    advantages: Tensor | None = None  # [B] or [B, T]
+    returns: Tensor | None = None  # [B, T], what the critic learns
+    pairs: tuple[Tensor, Tensor] | None = None  # rows of the better and of the worse answers
 
 
 def normalizer(batch: Batch) -> float:
@@ -62,15 +88,13 @@ class Loss(NamedTuple):
 
     value: Tensor
     logprobs: Tensor  # [B, T], detached: the old ones of the updates that follow
-    metrics: dict[str, float]  # kl, entropy, clipped
+    metrics: dict[str, float]  # kl, entropy, clipped, preferred
 
 
 class Library(NamedTuple):
-    """One way to compute it all. ``logits`` are ``[B, T, V]``, row t for token t."""
+    """One way to compute it all. Logits are ``[B, T, V]``, row t for token t."""
 
     name: str
     score: Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, tokens, mask) -> logprobs [B, T]
-    advantages: Callable[[Tensor, int, Scale], Tensor]  # (rewards [B], group_size, scale) -> [B]
-    loss: Callable[
-        [Tensor, Batch, PolicyLossConfig, float], Loss
-    ]  # (logits, batch, config, normalizer)
+    credit: Callable[[Sampled, Objective], Batch]
+    loss: Callable[[Outputs, Batch, Objective], Loss]

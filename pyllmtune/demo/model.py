@@ -99,11 +99,22 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
+        self.critic: nn.Linear | None = None
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.to(config.dtype)
 
+    def add_critic(self) -> None:
+        """A value head, 0 everywhere until it has learned."""
+        self.critic = nn.Linear(self.config.width, 1, dtype=self.config.dtype)
+        nn.init.zeros_(self.critic.weight)
+        nn.init.zeros_(self.critic.bias)
+
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.head(self.features(tokens, cache))
+
+    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """``[B, T, width]``, what the heads read."""
         start = 0 if cache is None else cache.length
         stop = start + tokens.shape[1]
         valid = tokens != PAD
@@ -117,7 +128,7 @@ class Transformer(nn.Module):
             x = block(x, self.rotary[start:stop], mask, store, start)
         if cache is not None:
             cache.length = stop
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 def attention_mask(valid: Tensor, queries: int) -> Tensor | None:

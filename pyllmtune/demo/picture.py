@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyllmtune.demo.grpo import Run
+from pyllmtune.demo.loop import Run
 
 BLUE, ORANGE, INK, GREY = "#2f6db5", "#d9822b", "#222222", "#8a8a8a"
 # ours is a broad pale line, eager PyTorch a thin dashed one on top: both show where they coincide
@@ -25,7 +25,8 @@ def draw(path: Path, runs: list[Run], title: str) -> str | None:
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(title, fontsize=13, color=INK, x=0.015, ha="left", fontweight="bold")
     panels = figure.subplots(2, 2).flat
-    for panel, name in zip(panels, ("reward", "accuracy", "kl", "entropy"), strict=True):
+    first = "preferred" if runs[0].settings.objective.offline else "reward"
+    for panel, name in zip(panels, (first, "accuracy", "kl", "entropy"), strict=True):
         _curve(panel, runs, name) if name != "accuracy" else _accuracy(panel, runs)
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color(GREY)
@@ -34,13 +35,14 @@ def draw(path: Path, runs: list[Run], title: str) -> str | None:
         panel.set_axisbelow(True)
         panel.set_xlim(0, runs[0].records[-1].step)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_xlabel("GRPO step", fontsize=9, color=INK)
+        panel.set_xlabel("step", fontsize=9, color=INK)
     figure.savefig(path)
     return None
 
 
 _TITLES = {
     "reward": "Mean reward of sampled answers",
+    "preferred": "Share of pairs in which the policy prefers the better answer",
     "kl": "KL to the supervised model, nats per token",
     "entropy": "Entropy, nats per token",
 }
@@ -59,7 +61,7 @@ def _curve(panel: Any, runs: list[Run], name: str) -> None:
             steps, values, label=run.library.name, **_style(index, BLUE if index == 0 else INK)
         )
     panel.set_ylim(0, panel.get_ylim()[1])
-    if name == "reward":
+    if name in ("reward", "preferred"):
         panel.legend(frameon=False, fontsize=9, loc="lower right", handlelength=3)
 
 

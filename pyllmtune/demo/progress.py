@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Progress:
-    """``with Progress("GRPO", steps) as bar: bar.advance(reward="0.9")``."""
+    """``with Progress("PPO", steps) as bar: bar.advance(reward="0.9")``."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total

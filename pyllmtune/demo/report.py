@@ -11,8 +11,8 @@ import torch
 import pyllmtune
 from pyllmtune import _backend, _load
 from pyllmtune.demo.evaluate import Accuracy, answers
-from pyllmtune.demo.grpo import Run
 from pyllmtune.demo.lockstep import TOLERANCE
+from pyllmtune.demo.loop import Run
 from pyllmtune.demo.model import Transformer
 from pyllmtune.demo.task import Question, zero_shot
 from pyllmtune.demo.train import Comparison
@@ -58,7 +58,7 @@ def introduction(about: dict[str, Any], parameters: int, seed: int) -> list[str]
     return first
 
 
-def accuracies(runs: list[Run], questions: int) -> list[str]:
+def accuracies(runs: list[Run], questions: int, title: str) -> list[str]:
     """Held-out accuracy before and after, zero-shot and few-shot apart."""
 
     def row(label: str, measured: Accuracy) -> str:
@@ -69,7 +69,7 @@ def accuracies(runs: list[Run], questions: int) -> list[str]:
     shown = [head + "".join(f"{name:>13}" for name in names)]
     shown.append(row("after supervision", runs[0].accuracies[0]))
     for run in runs:
-        shown.append(row(f"after GRPO, {run.library.name}", list(run.accuracies.values())[-1]))
+        shown.append(row(f"after {title}, {run.library.name}", list(run.accuracies.values())[-1]))
     return shown
 
 
@@ -117,7 +117,7 @@ def phases(seconds: dict[str, float], runs: list[Run]) -> list[str]:
     shown = [", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())]
     for run in runs:
         shown.append(
-            f"GRPO, {run.library.name}: sampling {run.sampling_seconds:.1f} s, "
+            f"{run.library.name}: sampling {run.sampling_seconds:.1f} s, "
             f"scores and updates {run.update_seconds:.1f} s"
         )
     return shown

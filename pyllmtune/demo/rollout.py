@@ -78,7 +78,16 @@ def without_padding(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([PAD]), -1e9)
 
 
-def answer_logits(model: Transformer, prompts: Tensor, answers: Tensor) -> Tensor:
-    """``[B, T, V]`` of a full forward: row t is what answer token t was drawn from."""
+class Outputs(NamedTuple):
+    """A full forward over prompts and answers; row t is the state that answer token t follows."""
+
+    logits: Tensor  # [B, T, V]
+    values: Tensor | None  # [B, T], with a critic
+
+
+def answer_outputs(model: Transformer, prompts: Tensor, answers: Tensor) -> Outputs:
+    """Logits that the answers' tokens were drawn from, and the critic's values."""
     tokens = torch.cat((prompts, answers), dim=1)[:, :-1]
-    return without_padding(model(tokens)[:, prompts.shape[1] - 1 :])
+    features = model.features(tokens)[:, prompts.shape[1] - 1 :]
+    values = None if model.critic is None else model.critic(features)[..., 0]
+    return Outputs(without_padding(model.head(features)), values)

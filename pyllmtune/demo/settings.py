@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyllmtune.demo import algorithms
 from pyllmtune.demo.losses import objectives
 from pyllmtune.demo.supervised import Stop
 from pyllmtune.demo.table import Size
@@ -13,11 +14,11 @@ from pyllmtune.demo.table import Size
 KL_COEF, ENTROPY_COEF = 0.02, 0.01
 
 _DESCRIPTION = """\
-Tune a small language model by GRPO through pyllmtune's loss, and again with the same seeds through
-eager PyTorch.
+Tune a small language model by GRPO, PPO, DPO or REINFORCE through pyllmtune, and again with the
+same seeds through eager PyTorch.
 
 A character-level transformer is made here and trained on sums and differences of two-digit numbers,
-stopped while it is still often wrong. GRPO then rewards right answers (1) and the keywords of
+stopped while it is still often wrong. Right answers are then rewarded (1), and the keywords of
 reasoning (0.1 in all). Held-out accuracy is measured by greedy decoding, zero-shot and few-shot. At
 the end, one loss step at the vocabulary of a real model is timed. About three minutes on two cores;
 nothing is downloaded."""
@@ -30,7 +31,8 @@ class Settings:
     steps: int
     questions: int
     group_size: int
-    learning_rate: float
+    learning_rate: float | None
+    algorithm: str
     loss: str
     kl_coef: float
     entropy_coef: float
@@ -48,6 +50,10 @@ class Settings:
     lockstep: int
     table: Size
     table_providers: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return self.algorithm.upper()
 
 
 def _at_least(low: float, kind: type) -> object:
@@ -69,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=_at_least(1, int), default=40, help="GRPO steps (default 40)")
+    add("--steps", type=_at_least(1, int), default=40, help="steps of tuning (default 40)")
     add("--questions", type=_at_least(1, int), default=64, help="questions per step (default 64)")
     add(
         "--group-size",
@@ -80,10 +86,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--learning-rate",
         type=_at_least(0.0, float),
-        default=1e-3,
-        help="of AdamW, at its peak (default 1e-3)",
+        help="of AdamW, at its peak (default 1e-3; dpo 1e-4)",
     )
-    add("--loss", choices=objectives(0.0, 0.0), default="grpo", help="policy loss (default grpo)")
+    add("--algorithm", choices=algorithms.NAMES, default="grpo", help="(default grpo)")
+    add("--loss", choices=objectives(0.0, 0.0), help="policy loss of --algorithm grpo (grpo)")
     add(
         "--kl-coef",
         type=_at_least(0.0, float),
@@ -132,7 +138,10 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str] | None) -> Settings:
     """Settings of a command line; ``--quick`` shrinks every phase."""
-    options = parser().parse_args(argv)
+    commands = parser()
+    options = commands.parse_args(argv)
+    if options.loss is not None and options.algorithm != "grpo":
+        commands.error(f"--loss belongs to --algorithm grpo, got {options.algorithm}")
     quick = options.quick
     compared = ("pyllmtune", "eager") if quick else ("pyllmtune", "eager", "compile")
     return Settings(
@@ -140,7 +149,8 @@ def parse(argv: list[str] | None) -> Settings:
         questions=min(options.questions, 4) if quick else options.questions,
         group_size=options.group_size,
         learning_rate=options.learning_rate,
-        loss=options.loss,
+        algorithm=options.algorithm,
+        loss=options.loss or "grpo",
         kl_coef=options.kl_coef,
         entropy_coef=options.entropy_coef,
         keyword_weight=options.keyword_weight,

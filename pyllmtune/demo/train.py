@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pyllmtune.demo import eager, fused
+from pyllmtune.demo.algorithms import algorithm
 from pyllmtune.demo.evaluate import accuracy
-from pyllmtune.demo.grpo import GrpoSettings, Run
 from pyllmtune.demo.lockstep import Lockstep
-from pyllmtune.demo.losses import objectives
+from pyllmtune.demo.loop import Run, RunSettings
 from pyllmtune.demo.model import Transformer
 from pyllmtune.demo.progress import Progress
 from pyllmtune.demo.settings import Settings
@@ -45,23 +44,25 @@ def train(
     start: Transformer, split: Split, settings: Settings
 ) -> tuple[list[Run], Comparison | None]:
     """Pyllmtune's run and, unless switched off, eager PyTorch's."""
-    objective = objectives(settings.kl_coef, settings.entropy_coef)[settings.loss]
-    grpo = GrpoSettings(
+    objective, libraries = algorithm(
+        settings.algorithm, settings.loss, settings.kl_coef, settings.entropy_coef
+    )
+    shared = RunSettings(
         objective,
         settings.seed,
         settings.steps,
         settings.questions,
         settings.group_size,
-        settings.learning_rate,
+        objective.learning_rate if settings.learning_rate is None else settings.learning_rate,
         settings.keyword_weight,
     )
-    libraries = [fused.LIBRARY, eager.LIBRARY] if settings.eager else [fused.LIBRARY]
-    runs = [Run(start, library, grpo, split.train) for library in libraries]
-    comparison = Comparison(Lockstep(*libraries, objective.config)) if settings.eager else None
+    compared = libraries if settings.eager else libraries[:1]
+    runs = [Run(start, library, shared, split.train) for library in compared]
+    comparison = Comparison(Lockstep(*libraries, objective)) if settings.eager else None
     for run in runs:
         run.accuracies[0] = accuracy(start, split.held_out, split.train)
 
-    with Progress("GRPO", settings.steps) as bar:
+    with Progress(settings.title, settings.steps) as bar:
         for step in range(1, settings.steps + 1):
             for run in runs:
                 watch = (

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: sample answers, reward them, prefer the better of each group.
+"""The training loop of every algorithm: sample answers, reward them, update towards the better.
 
 Every random choice is a function of (seed, step), so two runs that differ only in their library see
 the same questions and the same random numbers.
@@ -7,6 +7,7 @@ the same questions and the same random numbers.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections.abc import Callable
@@ -18,21 +19,26 @@ from torch import Tensor
 
 import pyllmtune
 from pyllmtune.demo.evaluate import Accuracy
-from pyllmtune.demo.losses import Batch, Library, Loss, Objective, normalizer
+from pyllmtune.demo.losses import Batch, Library, Loss, Objective, Sampled
 from pyllmtune.demo.model import Transformer
-from pyllmtune.demo.rollout import ANSWER_LENGTH, answer_logits, answer_seeds, generate, pad_left
+from pyllmtune.demo.rollout import (
+    ANSWER_LENGTH,
+    answer_outputs,
+    answer_seeds,
+    generate,
+    pad_left,
+)
 from pyllmtune.demo.task import Question, is_right, zero_shot
 from pyllmtune.demo.vocabulary import KEYWORDS, PAD, decode_rows
 
 Watch = Callable[[Transformer, Tensor, Batch], None]
 
-UPDATES = 2  # optimiser steps per rollout: at the second the ratio is not 1, and the clip matters
 WARMUP, LAST_RATE = 10, 0.1  # the learning rate rises for 10 steps and falls to a tenth
 MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class GrpoSettings:
+class RunSettings:
     """What both runs share."""
 
     objective: Objective
@@ -61,16 +67,19 @@ class Record(NamedTuple):
     kl: float
     entropy: float
     clipped: float
+    preferred: float = math.nan  # share of pairs in which the policy prefers the better answer
 
 
 class Run:
     """One policy trained with one library, from a copy of ``start``, the reference of the KL."""
 
     def __init__(
-        self, start: Transformer, library: Library, settings: GrpoSettings, pool: list[Question]
+        self, start: Transformer, library: Library, settings: RunSettings, pool: list[Question]
     ) -> None:
         self.library, self.settings, self.pool = library, settings, pool
         self.reference, self.policy = start, copy.deepcopy(start)
+        if settings.objective.critic:
+            self.policy.add_critic()
         # eps 1e-5: the last bits of an almost absent gradient must not become a full step
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0
@@ -88,8 +97,9 @@ class Run:
         asked = pad_left([zero_shot(question) for question in questions])  # [questions, prompt]
         rows = settings.questions * settings.group_size
         seeds = answer_seeds(settings.seed, step, rows)
+        sampler = self.reference if settings.objective.offline else self.policy
         self.answers, old_logprobs = generate(
-            self.policy, asked, ANSWER_LENGTH, copies=settings.group_size, seeds=seeds
+            sampler, asked, ANSWER_LENGTH, copies=settings.group_size, seeds=seeds
         )
         right, keywords = rewards(questions, decode_rows(self.answers.tolist()))
         reward = right + settings.keyword_weight * keywords  # [B]
@@ -99,7 +109,7 @@ class Run:
         batch = self._batch(prompts, old_logprobs, reward.to(self.policy.config.dtype))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
-        for _ in range(UPDATES):
+        for _ in range(settings.objective.updates):
             if watch is not None:
                 watch(self.policy, prompts, batch)
             loss, grad_norm = self._update(prompts, batch)
@@ -108,22 +118,26 @@ class Run:
         return self.records[-1]
 
     def _batch(self, prompts: Tensor, old_logprobs: Tensor, reward: Tensor) -> Batch:
-        """What the updates hold fixed: the sampler's log-probs, the reference's, advantages."""
+        """What the updates hold fixed: log-probs of sampler and reference, and who gets credit."""
         began = time.perf_counter()
         answers, settings = self.answers, self.settings
         mask = answers != PAD
         with torch.no_grad():
-            logits = answer_logits(self.reference, prompts, answers)
+            logits = answer_outputs(self.reference, prompts, answers).logits
             ref = self.library.score(logits, answers, mask)
-        advantages = self.library.advantages(reward, settings.group_size, settings.objective.scale)
+            critic = settings.objective.critic
+            values = answer_outputs(self.policy, prompts, answers).values if critic else None
+        old = old_logprobs.to(ref.dtype)
+        sampled = Sampled(answers, mask, old, ref, reward, settings.group_size, values)
+        batch = self.library.credit(sampled, settings.objective)
         self.update_seconds += time.perf_counter() - began
-        return Batch(answers, mask, old_logprobs.to(ref.dtype), ref, advantages)
+        return batch
 
     def _update(self, prompts: Tensor, batch: Batch) -> tuple[Loss, float]:
         """One optimiser step: its loss, and the norm of the gradient before it was clipped."""
         began = time.perf_counter()
-        logits = answer_logits(self.policy, prompts, batch.tokens)
-        loss = self.library.loss(logits, batch, self.settings.objective.config, normalizer(batch))
+        outputs = answer_outputs(self.policy, prompts, batch.tokens)
+        loss = self.library.loss(outputs, batch, self.settings.objective)
         self.optimizer.zero_grad(set_to_none=True)
         loss.value.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
