@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     bench_filter_logits,
     bench_gae,
+    bench_kept_token_logprobs,
     bench_linear_token_logprobs,
     bench_policy_loss,
     bench_sample,
@@ -31,6 +32,7 @@ BENCHES = {
         bench_filter_logits,
         bench_sample,
         bench_token_logprobs,
+        bench_kept_token_logprobs,
         bench_linear_token_logprobs,
         bench_policy_loss,
         bench_gae,

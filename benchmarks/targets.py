@@ -17,6 +17,7 @@ SHAPES = {
     "filter_logits": "64x151936",
     "sample": "64x151936",
     "token_logprobs": "64x151936",
+    "kept_token_logprobs": "64x151936",
     "linear_token_logprobs": "512x896x151936",
     "policy_loss": "64x4096",
     "gae": "64x4096",
@@ -48,6 +49,10 @@ SPEEDUPS = {
         ("forward + backward", "float32", "best", 2.7),
         ("forward + backward in place", "float32", "best", 6.0),
     ),
+    "kept_token_logprobs": (
+        ("forward", "float32", "best", 20.0),
+        ("forward + backward", "float32", "best", 20.0),
+    ),
     "linear_token_logprobs": (
         ("forward with entropy", "bfloat16", "matmul", 0.8),
         ("forward with entropy", "bfloat16", "trl", 10.0),
@@ -69,6 +74,7 @@ SPEEDUPS = {
 }
 SHARE = 0.33  # of the dense backward: 30 % of the rows are to do, a tenth is for fixed costs
 SCALING = 1.8  # time on one thread over time on two
+WORTH = 1.0  # ms on one thread; below, the call costs as much as the work
 SPREAD = 1.5  # slowest over fastest time per logit
 SPREADS = {
     "token_logprobs": ("forward over V", "forward over N"),
@@ -169,7 +175,7 @@ def _scaling(rows: list[Row]) -> Iterator[str]:
     for case, dtype in dict.fromkeys(key[:2] for key in times if "over" not in key[0]):
         one, two = times.get((case, dtype, 1)), times.get((case, dtype, 2))
         text = f"{case}, {dtype}: one thread over two"
-        if one and two:
+        if one and two and one >= WORTH:
             yield _line(text, one / two, SCALING, at_least=True)
         else:
             yield _not_judged(text)

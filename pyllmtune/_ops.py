@@ -18,10 +18,11 @@ NAMESPACE = "pyllmtune"
 # logits [outer, inner, V] with unit last stride; tokens, mask and all results [outer, inner];
 # stats [2, outer, inner]: the row's maximum and log sum e^((z - max)/T), for backward
 _SCORE_INPUTS = "Tensor tokens, float temperature, Tensor? row_temperature, Tensor? mask"
-_SCORE_GRADIENT = (
-    _SCORE_INPUTS + ", Tensor entropy, Tensor stats,"
-    " Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp"
+_SCORE_UPSTREAM = (
+    "Tensor entropy, Tensor stats, Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp"
 )
+_SCORE_GRADIENT = f"{_SCORE_INPUTS}, {_SCORE_UPSTREAM}"
+_KEPT_INPUTS = f"Tensor offsets, Tensor token_ids, {_SCORE_INPUTS}"
 
 _TILE = (
     "Tensor(a!) logits, int first, float scale, float softcap, Tensor? bias,"
@@ -45,6 +46,11 @@ SCHEMAS = {
     " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
     "token_logprobs_backward": f"(Tensor logits, {_SCORE_GRADIENT}) -> Tensor",
     "token_logprobs_backward_inplace": f"(Tensor(a!) logits, {_SCORE_GRADIENT}) -> ()",
+    # logits [outer, inner, V], or [entries] of the kept tokens alone; offsets [rows + 1] and
+    # token_ids [entries] as in KeptTokens; the rest and the results [rows], stats [2, rows]
+    "kept_token_logprobs": f"(Tensor logits, {_KEPT_INPUTS})"
+    " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
+    "kept_token_logprobs_backward": f"(Tensor logits, {_KEPT_INPUTS}, {_SCORE_UPSTREAM}) -> Tensor",
     # one tile of logits [rows, columns], float32 or float64, overwritten; columns first ... of V.
     # bias [columns]; running [4, rows] = (max, sum, weighted, target logit), scores [3, rows] =
     # (log-prob, entropy, logsumexp) of the columns so far

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllmtune import (
+    KeptTokens,
     _backend,
     filter_logits,
     gae,
@@ -48,6 +49,16 @@ def _score(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     logits = (torch.randn(7, 3001, generator=generator) * 3).to(device, dtype).requires_grad_()
     tokens = torch.randint(0, 3001, (7,), generator=generator).to(device)
     out = token_logprobs(logits, tokens, temperature=0.8, backend=backend)
+    sum(value.square().sum() for value in out).backward()
+    return [*(value.detach() for value in out), logits.grad]
+
+
+def _kept(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 3001, generator=generator) * 3).to(device, dtype).requires_grad_()
+    kept = KeptTokens.from_mask(torch.rand(7, 3001, generator=generator).to(device) < 0.1)
+    tokens = kept.token_ids[kept.offsets[:-1]].long()
+    out = token_logprobs(logits, tokens, temperature=0.8, kept=kept, backend=backend)
     sum(value.square().sum() for value in out).backward()
     return [*(value.detach() for value in out), logits.grad]
 
@@ -116,6 +127,7 @@ def _gae(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
 CHECKS = {
     "temperature_softmax": _softmax,
     "token_logprobs": _score,
+    "kept_token_logprobs": _kept,
     "linear_token_logprobs": _head,
     "sample": _decode,
     "policy_loss": _policy,

@@ -14,6 +14,8 @@ _MODULES = {
     "token_logprobs": "token_logprobs",
     "token_logprobs_backward": "token_logprobs",
     "token_logprobs_backward_inplace": "token_logprobs",
+    "kept_token_logprobs": "kept_token_logprobs",
+    "kept_token_logprobs_backward": "kept_token_logprobs",
     "linear_token_logprobs_tile": "linear_token_logprobs",
     "linear_token_logprobs_tile_backward": "linear_token_logprobs",
     "temperature_softmax": "temperature_softmax",

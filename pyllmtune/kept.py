@@ -32,6 +32,12 @@ class KeptTokens(NamedTuple):
         return self.offsets.shape[0] - 1
 
     @property
+    def rows(self) -> Tensor:
+        """The row of each token id, ``[offsets[N]]`` int64."""
+        rows = torch.arange(self.num_rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.counts, output_size=self.token_ids.shape[0])
+
+    @property
     def counts(self) -> Tensor:
         """Tokens of each row, ``[N]`` int64."""
         return self.offsets.diff()
@@ -67,9 +73,18 @@ class KeptTokens(NamedTuple):
         ids = self.token_ids
         if ids.numel() and ids.device.type == "cpu" and int(ids.max()) >= vocab:
             raise ValueError(f"vocab must exceed every token id, got {vocab} for {int(ids.max())}")
-        row = torch.repeat_interleave(
-            torch.arange(self.num_rows, device=ids.device), self.counts, output_size=ids.shape[0]
-        )
         mask = torch.zeros(self.num_rows, vocab, dtype=torch.bool, device=ids.device)
-        mask[row, ids.long()] = True
+        mask[self.rows, ids.long()] = True
         return mask
+
+    def contains(self, tokens: Tensor) -> Tensor:
+        """Whether row i kept ``tokens[i]``: bool of the shape of ``tokens``, which has N elements.
+
+        >>> kept = KeptTokens(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1], dtype=torch.int32))
+        >>> kept.contains(torch.tensor([2, 2]))
+        tensor([ True, False])
+        """
+        rows = self.rows
+        hits = (self.token_ids == tokens.reshape(-1)[rows]).int()  # at most one in a row
+        counts = torch.zeros(self.num_rows, dtype=torch.int32, device=hits.device)
+        return (counts.index_add_(0, rows, hits) > 0).reshape(tokens.shape)

@@ -17,8 +17,14 @@ from tests import helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
-    *("temperature_softmax", "token_logprobs", "linear_token_logprobs"),
-    *("filter_logits", "sample", "policy_loss", "gae"),
+    "temperature_softmax",
+    "token_logprobs",
+    "kept_token_logprobs",
+    "linear_token_logprobs",
+    "filter_logits",
+    "sample",
+    "policy_loss",
+    "gae",
 )
 ROOMS = (
     "csrc/cpu/{}.cpp",

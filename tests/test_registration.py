@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyllmtune
-from pyllmtune import PolicyLossConfig, _ops, policy_loss, token_logprobs
+from pyllmtune import KeptTokens, PolicyLossConfig, _ops, policy_loss, token_logprobs
 from tests import helpers, test_registration_decoding
 
 LOGITS = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(1))
@@ -106,6 +106,17 @@ def gae_args() -> list[tuple]:
     return [(torch.rand(6), torch.rand(6), offsets, *rest) for rest in (plain, full)]
 
 
+def kept_args(grad: bool) -> list[tuple]:
+    """Whole rows and flat logits of the same kept sets, one of them empty."""
+    mask = LOGITS.view(6, 17) > 0.5
+    mask[2] = False
+    kept = KeptTokens.from_mask(mask)
+    flat = LOGITS.view(6, 17)[mask].requires_grad_(grad)
+    rows = (TOKENS.flatten(), 1.0, torch.rand(6) + 0.5, MASK.flatten())
+    whole = LOGITS.bfloat16().requires_grad_(grad)
+    return [(whole, *kept, *rows), (flat, *kept, TOKENS.flatten(), 0.7, None, None)]
+
+
 FLOORS = ("cpp", "triton", "emulated")
 
 
@@ -123,6 +134,12 @@ def test_opcheck(floor):
     torch.library.opcheck(
         _ops.handle("token_logprobs_backward_inplace", floor), backward_args(torch.float32)
     )
+    for args in kept_args(grad=True):
+        torch.library.opcheck(_ops.handle("kept_token_logprobs", floor), args)
+    for args in kept_args(grad=False):
+        upstream = (torch.rand(size) for size in [(6,), (2, 6)] + [(6,)] * 3)
+        backward = _ops.handle("kept_token_logprobs_backward", floor)
+        torch.library.opcheck(backward, (*args, *upstream))
     for args in softmax_args(grad=True):
         torch.library.opcheck(_ops.handle("temperature_softmax", floor), args)
     for args in softmax_args(grad=False):
@@ -142,6 +159,8 @@ def test_every_schema_is_checked_above():
         "token_logprobs",
         "token_logprobs_backward",
         "token_logprobs_backward_inplace",
+        "kept_token_logprobs",
+        "kept_token_logprobs_backward",
         "temperature_softmax",
         "temperature_softmax_out",
         "temperature_softmax_backward",

@@ -98,12 +98,12 @@ void backward(const Tile<F>& tile, const F* stats, const F* upstream, T* grad, i
                                      entropy, inv_temperature);
       by_logit = {by_logit.constant * tile.scale, by_logit.slope * tile.scale,
                   by_logit.at_target * tile.scale};
-      const RowSum<F> sum{top, F(1) / total, log_of(total)};
+      const F log_sum = log_of(total);
       const int64_t target = tile.tokens[row] - tile.first;
       if (tile.cap == F(0))
-        stripe_gradient<V>(z, out, tile.columns, sum, inv_temperature, by_logit, target);
+        stripe_gradient<V>(z, out, tile.columns, top, log_sum, inv_temperature, by_logit, target);
       else
-        stripe_gradient<V>(z, out, tile.columns, sum, inv_temperature, by_logit, target,
+        stripe_gradient<V>(z, out, tile.columns, top, log_sum, inv_temperature, by_logit, target,
                            through_cap);
     }
   });

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 #include <sys/mman.h>
 #define PLT_FRESH_PAGES 1
@@ -20,28 +22,35 @@ struct FreshTensor {
   bool is_zero;
 };
 
-// The shape of `like` [outer, inner, V], in a dtype with `element_size` bytes an element.
+// How much of the new memory will be written: of large pages, each is cleared whole when it is
+// touched.
+enum class Touched { kMost, kLittle };
+
+// The shape of `like`, in a dtype with `element_size` bytes an element.
 inline FreshTensor fresh_like(const torch::stable::Tensor& like,
-                              torch::headeronly::ScalarType dtype, size_t element_size) {
-  const int64_t sizes[3] = {like.size(0), like.size(1), like.size(2)};
+                              torch::headeronly::ScalarType dtype, size_t element_size,
+                              Touched touched = Touched::kMost) {
+  const auto sizes = like.sizes();
 #ifdef PLT_FRESH_PAGES
   const size_t bytes = like.numel() * element_size;
   // 1 MiB: below it the allocator's recycled memory is faster than new pages
   if (bytes >= (1u << 20)) {
     void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     STD_TORCH_CHECK(pages != MAP_FAILED, "out of memory: ", bytes,
-                    " bytes for a result of the size of the logits");
-    madvise(pages, bytes, MADV_HUGEPAGE);  // a hint: without it, or without support, only slower
-    const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1};
-    return {torch::stable::from_blob(pages, {sizes, 3}, {strides, 3}, like.device(), dtype,
-                                     [bytes](void* p) { munmap(p, bytes); }),
+                    " bytes for a result of the size of an input");
+    // a hint: without it, or without support, only slower
+    madvise(pages, bytes, touched == Touched::kMost ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    return {torch::stable::from_blob(pages, sizes, {strides.data(), strides.size()}, like.device(),
+                                     dtype, [bytes](void* p) { munmap(p, bytes); }),
             true};
   }
 #endif
-  return {torch::stable::new_empty(like, {sizes, 3}, dtype), false};
+  return {torch::stable::new_empty(like, sizes, dtype), false};
 }
-inline FreshTensor fresh_like(const torch::stable::Tensor& like) {
-  return fresh_like(like, like.scalar_type(), like.element_size());
+inline FreshTensor fresh_like(const torch::stable::Tensor& like, Touched touched = Touched::kMost) {
+  return fresh_like(like, like.scalar_type(), like.element_size(), touched);
 }
 
 template <class T>

@@ -16,27 +16,20 @@ struct Unchanged {
   }
 };
 
-// The row's maximum and sum, as backward needs them. p = e^d / sum: a large p keeps every digit,
-// which e^(d - log sum) would not.
-template <class F>
-struct RowSum {
-  F max, inverse, log;
-};
-
 // `target` is y counted from z, and may lie outside. `chain(dz, z)` is what is stored. `out` may be
 // `z`.
 template <class V, class T, class Out, class Chain = Unchanged>
-void stripe_gradient(const T* z, Out* out, int64_t n, RowSum<typename V::Scalar> sum,
-                     typename V::Scalar inv_temperature, ScoreGradient<typename V::Scalar> grad,
-                     int64_t target, const Chain& chain = Chain()) {
+void stripe_gradient(const T* z, Out* out, int64_t n, typename V::Scalar top,
+                     typename V::Scalar log_sum, typename V::Scalar inv_temperature,
+                     ScoreGradient<typename V::Scalar> grad, int64_t target,
+                     const Chain& chain = Chain()) {
   using F = typename V::Scalar;
-  const F of_max = grad.constant - grad.slope * sum.log;  // what p is multiplied by at the maximum
-  const V base(sum.max), scale(inv_temperature * F(kLog2E)), inverse(sum.inverse);
-  const V constant(of_max), slope(grad.slope * F(kLn2));
+  const V base(top), scale(inv_temperature * F(kLog2E)), offset(-log_sum * F(kLog2E));
+  const V constant(grad.constant), slope(grad.slope * F(kLn2));
   auto gradient = [&](V logits) {
-    V y = (logits - base) * scale;
-    const V e = exp2_nonpositive(y);
-    return chain(e * inverse * fma_of(slope, y, constant), logits);
+    V y = fma_of(logits - base, scale, offset);  // log2 p
+    const V p = exp2_nonpositive(y);
+    return chain(p * fma_of(slope, y, constant), logits);
   };
   const bool here = target >= 0 && target < n;
   const F target_logit = here ? to_scalar(z[target]) : F(0);  // before `out` covers it
@@ -44,8 +37,9 @@ void stripe_gradient(const T* z, Out* out, int64_t n, RowSum<typename V::Scalar>
   for (; i + V::kWidth <= n; i += V::kWidth) store(out + i, gradient(load(z + i)));
   if (i < n) store_first(out + i, gradient(load_first(z + i, n - i, F(0))), n - i);
   if (!here) return;
-  const F d = (target_logit - sum.max) * inv_temperature, p = exp_of(d) * sum.inverse;
-  const F others = p > F(0) || p != p ? p * (of_max + grad.slope * d) : F(0);
+  const F log_p = (target_logit - top) * inv_temperature - log_sum;
+  const F p = exp_of(log_p);
+  const F others = p > F(0) || p != p ? p * (grad.constant + grad.slope * log_p) : F(0);
   from_scalar(reduce_max(chain(V(others + grad.at_target), V(target_logit))), out + target);
 }
 

@@ -98,8 +98,8 @@ void backward(const T* logits, T* out, RowLayout out_layout, bool out_is_zero, c
     const F inv_temperature = rows.inv_temperature<F>(row);
     const auto grad = score_gradient(grad_logprobs[row], grad_entropy[row], grad_logsumexp[row],
                                      entropy[row], inv_temperature);
-    const RowSum<F> sum{top, exp_of(-log_sum), log_sum};
-    stripe_gradient<V>(z, dz, length, sum, inv_temperature, grad, rows.tokens[row] - first);
+    stripe_gradient<V>(z, dz, length, top, log_sum, inv_temperature, grad,
+                       rows.tokens[row] - first);
   });
 }
 

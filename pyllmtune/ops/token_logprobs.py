@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from pyllmtune import _backend, _checks, _ops
 from pyllmtune._backend import Backend
+from pyllmtune.kept import KeptTokens
+from pyllmtune.ops.kept_token_logprobs import check_kept, kept_token_logprobs
 from pyllmtune.reference import token_logprobs as reference
 
 
@@ -31,6 +33,7 @@ def token_logprobs(
     *,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    kept: KeptTokens | None = None,
     inplace_backward: bool = False,
     backend: Backend = "auto",
 ) -> TokenLogprobs:
@@ -49,6 +52,10 @@ def token_logprobs(
         temperature: positive scalar, or one per token ``[...]``.
         mask: ``[...]``, true selects. Masked rows give exactly 0, with gradient exactly 0, whatever
             they hold.
+        kept: the tokens that a sampler kept, ``sample(..., return_kept=True).kept``, a row for each
+            token. The distribution is then that of these tokens alone, renormalised: what was
+            sampled from. Only their logits are read, and the gradient is 0 elsewhere. A token that
+            its row did not keep has log-prob -inf; ``kept.contains(tokens)`` counts them.
         inplace_backward: backward writes the gradient over the logits and allocates nothing. The
             logits must not be used again after backward, and must not be a leaf.
         backend: ``"auto"`` takes the fastest present; a named one is used or refused, never
@@ -64,7 +71,8 @@ def token_logprobs(
         ValueError: shapes or devices differ, V is 0, the last axis is not contiguous, the
             temperature is not positive, or (on the CPU, outside ``torch.compile``) an unmasked
             token is not in ``[0, V)``; on a GPU such a token turns its own row into NaN, and
-            ``PYLLMTUNE_DEBUG=1`` makes it an error.
+            ``PYLLMTUNE_DEBUG=1`` makes it an error. ``kept`` does not fit the rows or the
+            vocabulary, or is given together with ``inplace_backward``.
 
     >>> import torch
     >>> out = token_logprobs(torch.tensor([[3.0, 1.0]]), torch.tensor([0]))
@@ -72,6 +80,10 @@ def token_logprobs(
     tensor([0.8808])
     >>> out.entropy
     tensor([0.3653])
+    >>> logits = torch.tensor([[3.0, 1.0, 3.0]])
+    >>> kept = KeptTokens.from_mask(torch.tensor([[True, False, True]]))
+    >>> token_logprobs(logits, torch.tensor([0]), kept=kept).logprobs.exp()
+    tensor([0.5000])
     """
     _checks.check_logits("logits", logits)
     shape, device = logits.shape[:-1], logits.device
@@ -85,6 +97,14 @@ def token_logprobs(
     floor = _backend.resolve(backend, device, logits.dtype)
 
     rows = as_rows(logits)  # [outer, inner, V]
+    if kept is not None:
+        if inplace_backward:
+            raise ValueError("inplace_backward=True is for whole rows; leave it out with kept=")
+        check_kept(kept, tokens.numel(), logits.shape[-1], device)
+        per_token = (None if x is None else x.reshape(-1).contiguous() for x in (per_row, select))
+        flat_tokens = tokens.reshape(-1).contiguous().long()
+        results = kept_token_logprobs(rows, flat_tokens, kept, scalar, *per_token, floor)
+        return TokenLogprobs(*(result.reshape(shape) for result in results))
     lead = rows.shape[:2]
     run = reference.token_logprobs if floor == "reference" else _ops.handle("token_logprobs", floor)
     results = run(

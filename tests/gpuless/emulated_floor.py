@@ -237,6 +237,7 @@ def gae(
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
     from . import emulated_decoding as decoding  # they use what is above
+    from . import emulated_kept as kept
     from . import emulated_linear as linear
 
     _ops.add_floor(FLOOR)
@@ -244,6 +245,8 @@ def install() -> None:
         token_logprobs,
         token_logprobs_backward,
         token_logprobs_backward_inplace,
+        kept.kept_token_logprobs,
+        kept.kept_token_logprobs_backward,
         temperature_softmax,
         temperature_softmax_out,
         temperature_softmax_backward,

@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllmtune import PolicyLossConfig, gae, policy_loss, temperature_softmax, token_logprobs
+from pyllmtune import (
+    KeptTokens,
+    PolicyLossConfig,
+    gae,
+    policy_loss,
+    temperature_softmax,
+    token_logprobs,
+)
 from pyllmtune.losses.metrics import MAXIMA, SUMS
+from pyllmtune.ops.kept_token_logprobs import kept_token_logprobs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = (1, 2, 7, 128, 255, 257, 1000)
@@ -243,6 +251,46 @@ def partly_lost() -> dict[str, Any]:
     for name, column in (("old_logprobs", 2), ("ref_logprobs", 7)):
         inputs[name][:, column] = torch.tensor([math.nan, math.inf, -math.inf])
     return inputs
+
+
+# ---- kept_token_logprobs
+
+
+def kept_sets(rows: int, vocab: int) -> KeptTokens:
+    """Random sets; the first is empty, the second everything."""
+    mask = torch.rand(rows, vocab) < 0.1
+    mask[0], mask[1] = False, True
+    return KeptTokens.from_mask(mask)
+
+
+def kept_results(backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Results and gradient of whole rows and of flat logits, in ``dtype`` or each of a floor's;
+    a masked row, an idle one, one whose token is not in its set.
+    """
+    generator = torch.Generator().manual_seed(3)
+    found, tokens = [], torch.randint(0, 300, (6,), generator=generator)
+    chosen = torch.rand(6, 300, generator=generator) < 0.4
+    kept = KeptTokens.from_mask(chosen & (torch.arange(6) > 0)[:, None])  # the first is empty
+    mask, upstream = torch.arange(6) != 2, torch.tensor([1.0, 2.0, 3.0, 0.0, -1.0, 0.5])
+    for given in DTYPES:
+        whole = (torch.randn(2, 3, 301, generator=generator) * 3).to(given)[..., 1:]
+        flat = whole.flatten(0, 1)[kept.rows, kept.token_ids.long()]
+        for x in (whole, flat):
+            leaf = x.to(dtype or given).requires_grad_()
+            out = kept_token_logprobs(leaf, tokens, kept, 0.7, None, mask, backend)
+            grads = [torch.where(value.isinf(), 0, upstream.to(value.dtype)) for value in out]
+            found += [*(value.detach() for value in out), torch.autograd.grad(out, leaf, grads)[0]]
+    return found
+
+
+def assert_kept(backend: str) -> None:
+    """One floor against the reference in float64 on the same, already rounded, logits."""
+    pairs = zip(kept_results(backend), kept_results("reference", torch.float64), strict=True)
+    for got, want in pairs:
+        relative, absolute = ROUNDING[got.dtype]
+        same = got.double() == want  # infinities
+        bound = 2e-5 + relative * want.abs() + absolute
+        assert bool((same | ((got.double() - want).abs() <= bound)).all())
 
 
 # ---- gae

@@ -65,13 +65,19 @@ def every_result():
     for config in cases.policy_configs()[::17]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), False)
         results += cases.run_policy(config, inputs, "emulated", torch.float32)
-    return results + cases.gae_results("emulated")
+    return results + cases.gae_results("emulated") + cases.kept_results("emulated")
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(floor):
     want = every_result()  # threads by index
     for seed in (1, 2, 3, 0):
-        for word in ("token_logprobs", "temperature_softmax", "policy_loss", "gae"):
+        for word in (
+            "token_logprobs",
+            "kept_token_logprobs",
+            "temperature_softmax",
+            "policy_loss",
+            "gae",
+        ):
             floor.library(word).seed(seed)
         assert all(torch.equal(a, b) for a, b in zip(every_result(), want, strict=True))
 
@@ -107,6 +113,7 @@ def test_small_grids():
             for log, result in ((False, dtype), (True, torch.float32)):
                 temperature = torch.tensor([[0.7, 0.0, 1.0], [1e-3, 2.0, 0.0]])
                 assert_softmax("emulated", logits, temperature, log, result)
+    cases.assert_kept("emulated")
     for config in cases.policy_configs()[::19]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), True)
         cases.assert_policy(config, inputs, "emulated")

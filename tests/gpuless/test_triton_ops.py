@@ -180,6 +180,33 @@ def test_gae_bytes(traffic, options):
     assert launch.stored == 21 * 2 * 4
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_kept_bytes(traffic, dtype):
+    """An id and a logit for each kept token, in backward again, and its gradient; of masked and
+    idle rows neither.
+    """
+    leaf = cases.logits_of("shifted", 700, dtype).requires_grad_()
+    kept = cases.kept_sets(6, 700)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    tokens, upstream = torch.zeros(2, 3, dtype=torch.int64), mask * torch.tensor([1.0, 0.0, 2.0])
+    out = cases.token_logprobs(leaf, tokens, mask=mask, kept=kept, backend="triton")
+    torch.autograd.grad(out.logprobs, leaf, upstream)
+    forward, backward = traffic.launches
+    read = int(kept.counts[mask.flatten()].sum())
+    active = (upstream.flatten() != 0) & (kept.counts > 0)
+    written = int(kept.counts[active].sum())
+    each = dtype.itemsize + 4
+    assert forward.loaded == read * each + 6 + 5 * (8 + 16)  # mask; token, begin and end
+    assert forward.stored == 6 * 5 * 4
+    own = 4 + 8 + 16  # entropy, token, begin and end
+    assert backward.loaded == written * each + 6 * (IDLE_SCALARS + 1) + int(active.sum()) * own
+    assert backward.stored == written * dtype.itemsize
+
+
+def test_kept_against_float64():
+    cases.assert_kept("triton")
+
+
 def test_the_folder_refuses_to_be_a_top_level_package():
     code = "import kernels"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
@@ -205,7 +232,9 @@ def test_launches_compile_for_a_gpu():
         "_temperature_softmax_bwd_kernel": 1,
         "_filter_logits_bwd_kernel": 2,
     }
-    narrow = ("sample_scores_kernel", "sample_kept_ids_kernel")  # four tokens a thread
+    # four tokens a thread, or gathered one by one
+    narrow = ("sample_scores_kernel", "sample_kept_ids_kernel")
+    narrow += tuple(f"_kept_token_logprobs_{way}_kernel" for way in ("fwd", "bwd"))
     for launch in launches:
         if "V32000" in launch["call"]:
             assert launch["loads_128"] >= 2 or launch["kernel"] in narrow

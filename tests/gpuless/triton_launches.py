@@ -41,6 +41,7 @@ def calls() -> list[tuple[str, Any]]:
     from pyllmtune.kernels import (
         filter_logits,
         gae,
+        kept_token_logprobs,
         policy_loss,
         sample,
         temperature_softmax,
@@ -72,6 +73,20 @@ def calls() -> list[tuple[str, Any]]:
                 )
             ),
         ]
+        sets = (torch.arange(7), torch.zeros(6, dtype=torch.int32))
+        kept = (*sets, rows.long().flatten(), *head[2:3])
+        kept += (rows.flatten(), rows.flatten() > 0) if optional else (None, None)
+        scored = tuple(value.flatten() for value in upstream)
+        for x in (logits, torch.zeros(6, dtype=dtype)):
+            found += [
+                (name, lambda args=(x, *kept): kept_token_logprobs.kept_token_logprobs(*args)),
+                (
+                    name,
+                    lambda args=(x, *kept, *scored): (
+                        kept_token_logprobs.kept_token_logprobs_backward(*args)
+                    ),
+                ),
+            ]
         softmax = (logits, 0.7, rows if optional else None, optional)
         stored = torch.float32 if optional else dtype
         output = torch.zeros(2, 3, vocab, dtype=stored)

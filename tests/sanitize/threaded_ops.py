@@ -30,6 +30,9 @@ def work(seed: int) -> None:
         sample(z, **filters, return_stats=True, return_kept=True, backend="cpp")
         sample(z[:1], **filters, logprobs="raw", backend="cpp")  # one row on all threads
     filter_logits(z, top_p=0.9, backend="cpp")
+    kept = sample(z, top_k=9000, return_kept=True, backend="cpp").kept
+    out = token_logprobs(logits, kept.token_ids[kept.offsets[:-1]].long(), kept=kept, backend="cpp")
+    out.logprobs.sum().backward()
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = (torch.randn(n, 70, generator=generator).to(dtype) for n in (900, 2500))
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
