@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     bench_filter_logits,
     bench_gae,
+    bench_kept_logits,
     bench_kept_token_logprobs,
     bench_linear_token_logprobs,
     bench_policy_loss,
@@ -33,6 +34,7 @@ BENCHES = {
         bench_sample,
         bench_token_logprobs,
         bench_kept_token_logprobs,
+        bench_kept_logits,
         bench_linear_token_logprobs,
         bench_policy_loss,
         bench_gae,

@@ -66,12 +66,16 @@ def draw(
     return Inputs(logits, tokens, *kept, ~kept.to_mask(shape[1]), upstream)
 
 
-def eager(inputs: Inputs, logits: Tensor) -> tuple[Tensor, Tensor]:
+def masked_scores(logits: Tensor, tokens: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """As trainers replay a sampler's mask today."""
-    logprobs = F.log_softmax(logits.masked_fill(inputs.outside, -torch.inf), -1)  # [rows, V]
-    terms = torch.where(inputs.outside, 0, logprobs)
-    entropy = -(terms.exp() * terms).masked_fill(inputs.outside, 0).sum(-1)
-    return logprobs.gather(-1, inputs.tokens[:, None])[:, 0], entropy
+    logprobs = F.log_softmax(logits.masked_fill(outside, -torch.inf), -1)  # [rows, V]
+    terms = torch.where(outside, 0, logprobs)
+    entropy = -(terms.exp() * terms).masked_fill(outside, 0).sum(-1)
+    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+
+def eager(inputs: Inputs, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return masked_scores(logits, inputs.tokens, inputs.outside)
 
 
 def ours(backend: str, inputs: Inputs, logits: Tensor) -> tuple[Tensor, Tensor]:

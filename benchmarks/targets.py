@@ -19,6 +19,7 @@ SHAPES = {
     "token_logprobs": "64x151936",
     "kept_token_logprobs": "64x151936",
     "linear_token_logprobs": "512x896x151936",
+    "kept_logits": "512x896x151936",
     "policy_loss": "64x4096",
     "gae": "64x4096",
 }
@@ -52,6 +53,11 @@ SPEEDUPS = {
     "kept_token_logprobs": (
         ("forward", "float32", "best", 20.0),
         ("forward + backward", "float32", "best", 20.0),
+    ),
+    "kept_logits": (
+        ("forward", "float32", "eager", 20.0),
+        ("forward + backward", "float32", "eager", 20.0),
+        ("forward + backward, large sets", "float32", "eager", 1.0),
     ),
     "linear_token_logprobs": (
         ("forward with entropy", "bfloat16", "matmul", 0.8),

@@ -58,6 +58,14 @@ SCHEMAS = {
     # stats [3, rows] = (max, sum, entropy), upstream [3, rows], grad [rows, columns]
     "linear_token_logprobs_tile_backward": f"({_TILE}, Tensor stats, Tensor upstream,"
     " Tensor(b!) grad) -> ()",
+    # hidden [rows, D] and weight [V, D] of one dtype, contiguous; the result [entries], float32
+    "kept_logits": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor token_ids, Tensor? mask)"
+    " -> Tensor",
+    "kept_logits_backward_hidden": "(Tensor grad, Tensor weight, Tensor offsets, Tensor token_ids)"
+    " -> Tensor",
+    # the entries by token: grad, rows and token_ids [entries], token_ids ascending
+    "kept_logits_backward_weight": "(Tensor grad, Tensor rows, Tensor token_ids, Tensor hidden,"
+    " Tensor weight) -> Tensor",
     # logits, output and grad [outer, inner, V] with unit last stride; row_temperature and
     # grad_temperature [outer, inner]; dtype is that of the logits or float32, as stored by the op
     "temperature_softmax": "(Tensor logits, float temperature, Tensor? row_temperature, bool log,"

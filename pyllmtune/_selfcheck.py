@@ -75,6 +75,18 @@ def _head(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [*(value.detach() for value in out), hidden.grad, weight.grad]
 
 
+def _kept_head(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 65, generator=generator) for rows in (7, 3001))
+    hidden = hidden.to(device, dtype).requires_grad_()
+    weight = (weight / 3).to(device, dtype).requires_grad_()
+    kept = KeptTokens.from_mask(torch.rand(7, 3001, generator=generator).to(device) < 0.01)
+    tokens = kept.token_ids[kept.offsets[:-1]].long()
+    out = linear_token_logprobs(hidden, weight, tokens, kept=kept, backend=backend)
+    sum(value.square().sum() for value in out).backward()
+    return [*(value.detach() for value in out), hidden.grad, weight.grad]
+
+
 def _decode(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     """Kept logits, tokens, log-probs and ranks; tokens are the same on every floor or it fails."""
     generator = torch.Generator().manual_seed(0)
@@ -129,6 +141,7 @@ CHECKS = {
     "token_logprobs": _score,
     "kept_token_logprobs": _kept,
     "linear_token_logprobs": _head,
+    "kept_logits": _kept_head,
     "sample": _decode,
     "policy_loss": _policy,
     "gae": _gae,

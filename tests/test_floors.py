@@ -21,6 +21,7 @@ WORDS = (
     "token_logprobs",
     "kept_token_logprobs",
     "linear_token_logprobs",
+    "kept_logits",
     "filter_logits",
     "sample",
     "policy_loss",

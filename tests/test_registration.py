@@ -117,6 +117,19 @@ def kept_args(grad: bool) -> list[tuple]:
     return [(whole, *kept, *rows), (flat, *kept, TOKENS.flatten(), 0.7, None, None)]
 
 
+def kept_logits_args(dtype: torch.dtype) -> dict[str, tuple]:
+    """Of each operator of kept_logits."""
+    kept, wide = KeptTokens.from_mask(LOGITS.view(6, 17) > 0.5), helpers.accumulator(dtype)
+    hidden, weight = (torch.rand(n, 5).to(dtype).requires_grad_() for n in (6, 17))
+    grad, (ids, order) = torch.rand(kept.token_ids.shape, dtype=wide), kept.token_ids.sort()
+    fixed = (hidden.detach(), weight.detach())
+    return {
+        "kept_logits": (hidden, weight, *kept, MASK.flatten()),
+        "kept_logits_backward_hidden": (grad, fixed[1], *kept),
+        "kept_logits_backward_weight": (grad[order], kept.rows[order], ids, *fixed),
+    }
+
+
 FLOORS = ("cpp", "triton", "emulated")
 
 
@@ -140,6 +153,8 @@ def test_opcheck(floor):
         upstream = (torch.rand(size) for size in [(6,), (2, 6)] + [(6,)] * 3)
         backward = _ops.handle("kept_token_logprobs_backward", floor)
         torch.library.opcheck(backward, (*args, *upstream))
+    for word, args in kept_logits_args(torch.bfloat16).items():
+        torch.library.opcheck(_ops.handle(word, floor), args)
     for args in softmax_args(grad=True):
         torch.library.opcheck(_ops.handle("temperature_softmax", floor), args)
     for args in softmax_args(grad=False):
@@ -161,6 +176,7 @@ def test_every_schema_is_checked_above():
         "token_logprobs_backward_inplace",
         "kept_token_logprobs",
         "kept_token_logprobs_backward",
+        *kept_logits_args(torch.float32),
         "temperature_softmax",
         "temperature_softmax_out",
         "temperature_softmax_backward",

@@ -11,6 +11,7 @@
 //   Limits: a thread does a whole row.
 #include <torch/csrc/stable/library.h>
 
+#include "kept_sets.h"
 #include "memory.h"
 #include "row_gradient.h"
 #include "row_stats.h"
@@ -23,10 +24,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-struct KeptRows {
-  int64_t count;
-  const int64_t* offsets;
-  const int32_t* ids;
+struct KeptRows : KeptSets {
   const int64_t* tokens;
   const bool* mask;          // or null
   const void* temperatures;  // or null: float or double
@@ -38,7 +36,6 @@ struct KeptRows {
     return F(1) /
            (temperatures == nullptr ? F(temperature) : static_cast<const F*>(temperatures)[row]);
   }
-  int64_t grain() const { return std::max<int64_t>(1, kStripe * count / (offsets[count] + count)); }
 };
 
 // Where the element of an entry lies: in its row of V, or in a flat [entries].
@@ -71,11 +68,11 @@ void forward(Entries<const T> logits, const KeptRows& rows, scalar_of<T>* logpro
              scalar_of<T>* entropy, scalar_of<T>* logsumexp, scalar_of<T>* stats) {
   using V = typename VectorOf<T>::type;
   using F = scalar_of<T>;
-  parallel_for(rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(rows.rows, rows.grain(1), [&](int64_t begin, int64_t end) {
     F tile[kTile];
     for (int64_t row = begin; row < end; ++row) {
       if (!rows.selected(row)) {
-        logprobs[row] = entropy[row] = logsumexp[row] = stats[row] = stats[rows.count + row] = F(0);
+        logprobs[row] = entropy[row] = logsumexp[row] = stats[row] = stats[rows.rows + row] = F(0);
         continue;
       }
       const F inv_temperature = rows.inv_temperature<F>(row);
@@ -93,7 +90,7 @@ void forward(Entries<const T> logits, const KeptRows& rows, scalar_of<T>* logpro
       entropy[row] = score.entropy;
       logsumexp[row] = score.logsumexp;
       stats[row] = whole.max;
-      stats[rows.count + row] = score.log_sum;
+      stats[rows.rows + row] = score.log_sum;
     }
   });
 }
@@ -107,13 +104,13 @@ void backward(Entries<const T> logits, Entries<T> out, int64_t vocab, bool out_i
   using V = typename VectorOf<T>::type;
   using F = scalar_of<T>;
   const F none = -std::numeric_limits<F>::infinity();
-  parallel_for(rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(rows.rows, rows.grain(1), [&](int64_t begin, int64_t end) {
     F tile[kTile];
     for (int64_t row = begin; row < end; ++row) {
       const int64_t own = rows.offsets[row], last = rows.offsets[row + 1];
       const bool idle =
           grad_logprobs[row] == F(0) && grad_entropy[row] == F(0) && grad_logsumexp[row] == F(0);
-      const F top = stats[row], log_sum = stats[rows.count + row];
+      const F top = stats[row], log_sum = stats[rows.rows + row];
       const bool nothing_allowed = top == none && log_sum == F(0);
       const bool skipped = !rows.selected(row) || idle || nothing_allowed;
       if (!out_is_zero && !out.flat) memset(out.at + out.layout.offset(row), 0, vocab * sizeof(T));
@@ -145,31 +142,20 @@ KeptRows check_rows(const Tensor& logits, const Tensor& offsets, const Tensor& t
   STD_TORCH_CHECK(flat ? logits.numel() == entries : logits.size(0) * logits.size(1) == rows,
                   "logits must have one entry a token id, or one row a token");
   check_flat(tokens, rows, ScalarType::Long, "tokens");
-  check_flat(offsets, rows + 1, ScalarType::Long, "offsets");
-  check_flat(token_ids, entries, ScalarType::Int, "token_ids");
   const auto dtype =
       logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   if (per_row) check_flat(*per_row, rows, dtype, "row_temperature");
   if (mask) check_flat(*mask, rows, ScalarType::Bool, "mask");
-  const KeptRows out{rows,
-                     data<const int64_t>(offsets),
-                     data<const int32_t>(token_ids),
-                     data<const int64_t>(tokens),
+  const KeptRows out{check_kept(offsets, token_ids, rows, vocab), data<const int64_t>(tokens),
                      mask ? data<const bool>(*mask) : nullptr,
-                     per_row ? per_row->const_data_ptr() : nullptr,
-                     temperature};
-  STD_TORCH_CHECK(out.offsets[0] == 0 && out.offsets[rows] == entries,
-                  "offsets must lead from 0 to the number of token ids");
+                     per_row ? per_row->const_data_ptr() : nullptr, temperature};
   for (int64_t row = 0; row < rows; ++row) {
-    STD_TORCH_CHECK(out.offsets[row] <= out.offsets[row + 1], "offsets must not fall");
+    if (!out.selected(row)) continue;
     const double t = dtype == ScalarType::Double ? 1.0 / out.inv_temperature<double>(row)
                                                  : 1.0 / out.inv_temperature<float>(row);
-    STD_TORCH_CHECK(!out.selected(row) || (t > 0.0 && t < std::numeric_limits<double>::infinity()),
+    STD_TORCH_CHECK(t > 0.0 && t < std::numeric_limits<double>::infinity(),
                     "temperature must be positive, got ", t, " in row ", row);
   }
-  for (int64_t entry = 0; entry < entries; ++entry)
-    STD_TORCH_CHECK(out.ids[entry] >= 0 && out.ids[entry] < vocab, "token_ids must be in [0, ",
-                    vocab, "), got ", out.ids[entry]);
   return out;
 }
 
@@ -184,11 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kept_token_logprobs(
       check_rows(logits, offsets, token_ids, tokens, temperature, row_temperature, mask);
   const auto dtype =
       logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor logprobs = torch::stable::new_empty(logits, {rows.count}, dtype);
-  Tensor entropy = torch::stable::new_empty(logits, {rows.count}, dtype);
-  Tensor logsumexp = torch::stable::new_empty(logits, {rows.count}, dtype);
-  Tensor stats = torch::stable::new_empty(logits, {2, rows.count}, dtype);
-  if (rows.count > 0)
+  Tensor logprobs = torch::stable::new_empty(logits, {rows.rows}, dtype);
+  Tensor entropy = torch::stable::new_empty(logits, {rows.rows}, dtype);
+  Tensor logsumexp = torch::stable::new_empty(logits, {rows.rows}, dtype);
+  Tensor stats = torch::stable::new_empty(logits, {2, rows.rows}, dtype);
+  if (rows.rows > 0)
     with_element_type(logits.scalar_type(), [&](auto element) {
       using T = decltype(element);
       forward(
@@ -211,12 +197,12 @@ Tensor kept_token_logprobs_backward(const Tensor& logits, const Tensor& offsets,
   const FreshTensor grad =
       flat ? FreshTensor{torch::stable::new_empty(logits, logits.sizes()), false}
            : fresh_like(logits, Touched::kLittle);
-  if (rows.count == 0) return grad.tensor;
+  if (rows.rows == 0) return grad.tensor;
   with_element_type(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using F = scalar_of<T>;
     auto per_row = [&](const Tensor& x, const char* name, int64_t times = 1) {
-      check_flat(x, times * rows.count, kScalarType<F>, name);
+      check_flat(x, times * rows.rows, kScalarType<F>, name);
       return data<const F>(x);
     };
     backward(Entries<const T>{data<const T>(logits), flat, layout_of(logits), rows.ids},

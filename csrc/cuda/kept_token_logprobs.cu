@@ -25,14 +25,14 @@ KeptRows check_rows(const OnDevice& device, const Tensor& logits, const Tensor& 
                   "logits must have one entry a token id, or one row a token");
   STD_TORCH_CHECK(rows <= INT32_MAX && (flat || logits.size(2) <= INT32_MAX),
                   "there must be at most 2^31 - 1 rows and columns");
-  return {{rows, flat ? INT32_MAX : static_cast<int>(logits.size(2)),
-           device.flat<const int64_t>(tokens, rows, ScalarType::Long, "tokens"),
-           device.flat<const bool>(mask, rows, ScalarType::Bool, "mask"),
-           device.flat<const float>(row_temperature, rows, ScalarType::Float, "row_temperature"),
-           static_cast<float>(temperature)},
-          device.flat<const int64_t>(offsets, rows + 1, ScalarType::Long, "offsets"),
-          device.flat<const int32_t>(token_ids, entries, ScalarType::Int, "token_ids"),
-          entries};
+  return {
+      {rows, flat ? INT32_MAX : static_cast<int>(logits.size(2)),
+       device.flat<const int64_t>(tokens, rows, ScalarType::Long, "tokens"),
+       device.flat<const bool>(mask, rows, ScalarType::Bool, "mask"),
+       device.flat<const float>(row_temperature, rows, ScalarType::Float, "row_temperature"),
+       static_cast<float>(temperature)},
+      {rows, entries, device.flat<const int64_t>(offsets, rows + 1, ScalarType::Long, "offsets"),
+       device.flat<const int32_t>(token_ids, entries, ScalarType::Int, "token_ids")}};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kept_token_logprobs(

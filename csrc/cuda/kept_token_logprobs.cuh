@@ -12,6 +12,7 @@
 //   their row into NaN.
 #pragma once
 
+#include "kept_sets.cuh"
 #include "row_stats.cuh"
 #include "token_logprobs.cuh"
 
@@ -21,16 +22,11 @@ constexpr int kKeptThreads = 128;  // four rows a block
 
 struct KeptRows {
   ScoreRows score;
-  const int64_t* offsets;
-  const int32_t* ids;
-  int64_t entries;
+  KeptSets kept;
 
   // The row of this warp; it may lie beyond the last.
   __device__ int64_t row() const {
     return blockIdx.x * int64_t(kKeptThreads / kWarp) + threadIdx.x / kWarp;
-  }
-  __device__ bool in_bounds(int64_t row) const {
-    return 0 <= offsets[row] && offsets[row] <= offsets[row + 1] && offsets[row + 1] <= entries;
   }
 };
 
@@ -59,12 +55,12 @@ __global__ void __launch_bounds__(kKeptThreads)
   const float inv_temperature = rows.score.inv_temperature(row);
   const float bits_per_logit = inv_temperature * kLog2E;
   const int64_t token = rows.score.tokens[row];
-  const bool in_bounds = rows.in_bounds(row);
-  const int64_t end = in_bounds ? rows.offsets[row + 1] : 0;
+  const bool in_bounds = rows.kept.in_bounds(row);
+  const int64_t end = in_bounds ? rows.kept.offsets[row + 1] : 0;
   PartStats part{-INFINITY, in_bounds ? 0.0f : NAN, 0.0f};
   float target = -INFINITY;
-  for (int64_t entry = in_bounds ? rows.offsets[row] + lane : 0; entry < end; entry += kWarp) {
-    const int id = rows.ids[entry];
+  for (int64_t entry = in_bounds ? rows.kept.offsets[row] + lane : 0; entry < end; entry += kWarp) {
+    const int id = rows.kept.ids[entry];
     const bool exists = id >= 0 && id < rows.score.vocab;
     const float z[1] = {exists ? to_float(*logits(row, entry, id)) : NAN};
     if (id == token) target = z[0];
@@ -83,9 +79,9 @@ __global__ void __launch_bounds__(kKeptThreads)
     kept_token_logprobs_backward_kernel(KeptEntries<const T> logits, KeptEntries<T> grad,
                                         KeptRows rows, ScoreUpstream up) {
   const int64_t row = rows.row();
-  if (row >= rows.score.count || !rows.in_bounds(row)) return;
+  if (row >= rows.score.count || !rows.kept.in_bounds(row)) return;
   const int lane = threadIdx.x % kWarp;
-  const int64_t end = rows.offsets[row + 1];
+  const int64_t end = rows.kept.offsets[row + 1];
   const float max = up.max[row], log_sum = up.log_sum[row];
   const float g = up.grad_logprobs[row], h = up.grad_entropy[row], q = up.grad_logsumexp[row];
   const bool nothing_allowed = max == -INFINITY && log_sum == 0.0f;
@@ -94,8 +90,8 @@ __global__ void __launch_bounds__(kKeptThreads)
   const auto grad_of = score_gradient(g, h, q, up.entropy[row], inv_temperature);
   const RowGradient gradient = row_gradient(max, log_sum, inv_temperature, grad_of);
   const int64_t token = rows.score.tokens[row];
-  for (int64_t entry = rows.offsets[row] + lane; entry < end; entry += kWarp) {
-    const int id = rows.ids[entry];
+  for (int64_t entry = rows.kept.offsets[row] + lane; entry < end; entry += kWarp) {
+    const int id = rows.kept.ids[entry];
     if (id < 0 || id >= rows.score.vocab) continue;
     const float dz = gradient(to_float(*logits(row, entry, id)));
     *grad(row, entry, id) = from_float<T>(dz + (id == token ? grad_of.at_target : 0.0f));

@@ -11,7 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from pyllmtune import _backend, _checks, _ops
 from pyllmtune._backend import Backend
+from pyllmtune.kept import KeptTokens
 from pyllmtune.ops import linear_tiles as tiles
+from pyllmtune.ops.kept_logits import kept_logits
+from pyllmtune.ops.kept_token_logprobs import check_kept, kept_token_logprobs
 from pyllmtune.ops.token_logprobs import TokenLogprobs
 from pyllmtune.reference import linear_token_logprobs as reference
 
@@ -26,6 +29,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    kept: KeptTokens | None = None,
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> TokenLogprobs:
@@ -55,6 +59,9 @@ def linear_token_logprobs(
         softcap: bound of the logits (Gemma 2), applied before the temperature.
         mask: ``[...]``, true selects. Masked rows give exactly 0, with gradient exactly 0, whatever
             they hold. On a GPU the number of selected rows is read by the host.
+        kept: the tokens that a sampler kept, as of ``token_logprobs``: their distribution alone, by
+            a dot product for each; of large sets by a matmul, which rounds otherwise. The gradient
+            of ``weight`` is 0 in rows that nobody kept. Not for ``workspace_bytes``.
         workspace_bytes: bound of the memory for tiles of logits and their gradient, 32 MiB by
             default (512 MiB on a GPU). Backward also holds the gradient of ``hidden`` and of one
             tile of ``weight`` in float32.
@@ -93,6 +100,22 @@ def linear_token_logprobs(
         bias = bias.to(wide).contiguous()
     scale, cap = _check_numbers(logit_scale, softcap)
     floor = _backend.resolve(backend, device, hidden.dtype)
+    if kept is not None:
+        if workspace_bytes is not None:
+            raise ValueError("workspace_bytes bounds tiles of whole rows; leave it out with kept=")
+        check_kept(kept, tokens.numel(), weight.shape[0], device)
+        rows = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, kept)
+        flat_mask = None if select is None else select.reshape(-1).contiguous()
+        scores = kept_token_logprobs(
+            _head_of_kept(*rows, scale, cap, flat_mask, floor),
+            tokens.reshape(-1).contiguous().long(),
+            kept,
+            scalar,
+            None if per_row is None else per_row.to(wide).reshape(-1).contiguous(),
+            flat_mask,
+            floor,
+        )
+        return TokenLogprobs(*(score.reshape(shape) for score in scores))
 
     operator = floor != "reference"
     run = (
@@ -111,6 +134,25 @@ def linear_token_logprobs(
         _check_workspace(workspace_bytes, device, hidden.dtype),
     )
     return TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
+
+
+def _head_of_kept(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: KeptTokens,
+    scale: float,
+    cap: float,
+    mask: Tensor | None,
+    floor: str,
+) -> Tensor:
+    """z of each kept token, ``[entries]``."""
+    logits = kept_logits(hidden, weight, kept, mask, floor)
+    if bias is not None:  # the weight of one more hidden state, which is 1
+        one = bias.new_ones(hidden.shape[0], 1)
+        logits = logits + kept_logits(one, bias[:, None], kept, mask, floor)
+    logits = logits * scale
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

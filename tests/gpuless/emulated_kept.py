@@ -1,4 +1,5 @@
-"""The ops over kept sets of the emulated floor: what kept_token_logprobs.cu launches."""
+"""The ops over kept sets of the emulated floor: what kept_token_logprobs.cu and
+kept_logits.cu launch."""
 
 from __future__ import annotations
 
@@ -39,3 +40,37 @@ def kept_token_logprobs_backward(logits: Tensor, *rest) -> Tensor:
         "kept_token_logprobs_backward", *_rows(logits, *rest[:6]), *per_row, grad
     )
     return grad
+
+
+def kept_logits(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, token_ids: Tensor, mask: Tensor | None
+) -> Tensor:
+    logits = torch.empty(token_ids.shape)
+    library("kept_logits").call(
+        *("kept_logits", _dtype_code(hidden), hidden, weight, *weight.shape),
+        *(hidden.shape[0], token_ids.shape[0], offsets, token_ids, _flat(mask), logits),
+    )
+    return logits
+
+
+def kept_logits_backward_hidden(
+    grad: Tensor, weight: Tensor, offsets: Tensor, token_ids: Tensor
+) -> Tensor:
+    rows = offsets.shape[0] - 1
+    out = weight.new_empty(rows, weight.shape[1])
+    library("kept_logits").call(
+        *("kept_logits_backward_hidden", _dtype_code(weight), grad, weight, *weight.shape),
+        *(rows, token_ids.shape[0], offsets, token_ids, out),
+    )
+    return out
+
+
+def kept_logits_backward_weight(
+    grad: Tensor, rows: Tensor, token_ids: Tensor, hidden: Tensor, weight: Tensor
+) -> Tensor:
+    out = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    library("kept_logits").call(
+        *("kept_logits_backward_weight", _dtype_code(weight), grad, rows, token_ids),
+        *(token_ids.shape[0], hidden, *weight.shape, out),
+    )
+    return out

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from pyllmtune import (
     token_logprobs,
 )
 from pyllmtune.losses.metrics import MAXIMA, SUMS
+from pyllmtune.ops import kept_logits_dense
+from pyllmtune.ops.kept_logits import kept_logits
 from pyllmtune.ops.kept_token_logprobs import kept_token_logprobs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -291,6 +294,35 @@ def assert_kept(backend: str) -> None:
         same = got.double() == want  # infinities
         bound = 2e-5 + relative * want.abs() + absolute
         assert bool((same | ((got.double() - want).abs() <= bound)).all())
+
+
+# sets of any size by the kernels, none by matmuls
+kept_by_dots = mock.patch.object(kept_logits_dense, "SHARE", 1.0)
+
+
+@kept_by_dots
+def kept_logits_results(backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Logits and both gradients for sizes around a chunk and a block, aligned and not."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for given, size in itertools.product(DTYPES, (3, 128, 1101)):
+        hidden, weight = (torch.randn(n, size, generator=generator).to(given) for n in (4, 6))
+        chosen = torch.rand(4, 6, generator=generator) < 0.6
+        kept = KeptTokens.from_mask(chosen & (torch.arange(4) > 0)[:, None])  # the first is empty
+        leaves = [x.to(dtype or given).requires_grad_() for x in (hidden, weight)]
+        logits = kept_logits(*leaves, kept, torch.arange(4) != 2, backend)
+        upstream = (torch.arange(len(logits)) % 3.0).to(logits.dtype) * (kept.rows != 2)
+        found += [logits.detach(), *torch.autograd.grad(logits, leaves, upstream)]
+    return found
+
+
+def assert_kept_logits(backend: str) -> None:
+    """One floor against the reference in float64 on the same, already rounded, operands."""
+    wanted = kept_logits_results("reference", torch.float64)
+    for got, want in zip(kept_logits_results(backend), wanted, strict=True):
+        relative, absolute = ROUNDING[got.dtype]
+        bound = 2e-6 * want.abs().amax() + relative * want.abs() + absolute
+        assert bool(((got.double() - want).abs() <= bound).all())
 
 
 # ---- gae

@@ -65,7 +65,12 @@ def every_result():
     for config in cases.policy_configs()[::17]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), False)
         results += cases.run_policy(config, inputs, "emulated", torch.float32)
-    return results + cases.gae_results("emulated") + cases.kept_results("emulated")
+    return (
+        results
+        + cases.gae_results("emulated")
+        + cases.kept_results("emulated")
+        + cases.kept_logits_results("emulated")
+    )
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(floor):
@@ -74,6 +79,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(floor):
         for word in (
             "token_logprobs",
             "kept_token_logprobs",
+            "kept_logits",
             "temperature_softmax",
             "policy_loss",
             "gae",
@@ -114,6 +120,7 @@ def test_small_grids():
                 temperature = torch.tensor([[0.7, 0.0, 1.0], [1e-3, 2.0, 0.0]])
                 assert_softmax("emulated", logits, temperature, log, result)
     cases.assert_kept("emulated")
+    cases.assert_kept_logits("emulated")
     for config in cases.policy_configs()[::19]:
         inputs = cases.policy_batch("random", "ragged", dict.fromkeys(cases.OPTIONAL, True), True)
         cases.assert_policy(config, inputs, "emulated")

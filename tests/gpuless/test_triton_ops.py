@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from pyllmtune.ops.kept_logits import kept_logits
+
 from . import gpu_cases as cases
 from .toolchain import REPO, require
 from .triton_launches import compiled_launches
@@ -205,6 +207,31 @@ def test_kept_bytes(traffic, dtype):
 
 def test_kept_against_float64():
     cases.assert_kept("triton")
+    cases.assert_kept_logits("triton")
+
+
+@cases.kept_by_dots
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_kept_logits_bytes(traffic, dtype):
+    """A row of the weight for each entry and of hidden for each four; backward leaves out entries
+    without gradient, and writes a row for each row of hidden and each id.
+    """
+    rows, size, vocab = 4, 70, 40
+    kept = cases.kept_sets(rows, vocab)
+    hidden, weight = (torch.randn(n, size).to(dtype).requires_grad_() for n in (rows, vocab))
+    logits = kept_logits(hidden, weight, kept, None, "triton")
+    upstream = torch.arange(len(logits)) % 3.0
+    torch.autograd.grad(logits, (hidden, weight), upstream)
+    forward, by_hidden, by_weight = traffic.launches
+    entries, active, row = len(logits), int((upstream != 0).sum()), size * dtype.itemsize
+    fours = int(((kept.counts + 3) // 4).sum())
+    assert forward.loaded == (entries + fours) * row + 4 * entries + 16 * rows
+    assert forward.stored == 4 * entries
+    assert by_hidden.loaded == active * row + 8 * entries + 16 * rows
+    assert by_hidden.stored == rows * row
+    # id, the one before, the one after; gradient; where there is one, the row
+    assert by_weight.loaded == active * (row + 8) + entries * (4 + 4 + 4 + 4) - 2 * 4
+    assert by_weight.stored == len(kept.token_ids.unique()) * row
 
 
 def test_the_folder_refuses_to_be_a_top_level_package():
@@ -235,6 +262,7 @@ def test_launches_compile_for_a_gpu():
     # four tokens a thread, or gathered one by one
     narrow = ("sample_scores_kernel", "sample_kept_ids_kernel")
     narrow += tuple(f"_kept_token_logprobs_{way}_kernel" for way in ("fwd", "bwd"))
+    narrow += tuple(f"_kept_logits_{way}_kernel" for way in ("fwd", "bwd_hidden", "bwd_weight"))
     for launch in launches:
         if "V32000" in launch["call"]:
             assert launch["loads_128"] >= 2 or launch["kernel"] in narrow

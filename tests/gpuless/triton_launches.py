@@ -41,6 +41,7 @@ def calls() -> list[tuple[str, Any]]:
     from pyllmtune.kernels import (
         filter_logits,
         gae,
+        kept_logits,
         kept_token_logprobs,
         policy_loss,
         sample,
@@ -87,6 +88,21 @@ def calls() -> list[tuple[str, Any]]:
                     ),
                 ),
             ]
+        hidden, weight = (torch.zeros(n, vocab // 10 + 1, dtype=dtype) for n in (6, 9))
+        picked, masked = torch.zeros(6), scored[0] > 0 if optional else None
+        found += [
+            (name, lambda args=(hidden, weight, *sets, masked): kept_logits.kept_logits(*args)),
+            (
+                name,
+                lambda args=(picked, weight, *sets): kept_logits.kept_logits_backward_hidden(*args),
+            ),
+            (
+                name,
+                lambda args=(picked, sets[0][:6], sets[1], hidden, weight): (
+                    kept_logits.kept_logits_backward_weight(*args)
+                ),
+            ),
+        ]
         softmax = (logits, 0.7, rows if optional else None, optional)
         stored = torch.float32 if optional else dtype
         output = torch.zeros(2, 3, vocab, dtype=stored)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from pyllmtune import (
+    KeptTokens,
     PolicyLossConfig,
     filter_logits,
     gae,
@@ -38,6 +39,9 @@ def work(seed: int) -> None:
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         tokens = torch.arange(900)
         linear_token_logprobs(hidden, weight, tokens, backend="cpp").entropy.sum().backward()
+        kept = KeptTokens.from_mask(torch.rand(900, 2500, generator=generator) < 0.01)
+        out = linear_token_logprobs(hidden, weight, tokens, kept=kept, backend="cpp")
+        out.entropy.sum().backward()
     old = torch.randn(6, 3000, generator=generator)
     logprobs = old.clone().requires_grad_()
     config = PolicyLossConfig(level="sequence", aggregation="seq-mean-token-mean")

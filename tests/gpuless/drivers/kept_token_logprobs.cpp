@@ -29,9 +29,7 @@ KeptRows kept_rows(int64_t rows, int64_t entries, int64_t inner, int64_t vocab,
                    double temperature, const float* row_temperature, const bool* mask) {
   return {{rows, inner == 0 ? INT32_MAX : static_cast<int>(vocab), tokens, mask, row_temperature,
            static_cast<float>(temperature)},
-          offsets,
-          ids,
-          entries};
+          {rows, entries, offsets, ids}};
 }
 
 }  // namespace
