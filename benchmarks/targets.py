@@ -17,6 +17,7 @@ SHAPES = {
     "filter_logits": "64x151936",
     "sample": "64x151936",
     "token_logprobs": "64x151936",
+    "kl_divergence": "64x151936",
     "kept_token_logprobs": "64x151936",
     "linear_token_logprobs": "512x896x151936",
     "kept_logits": "512x896x151936",
@@ -50,6 +51,7 @@ SPEEDUPS = {
         ("forward + backward", "float32", "best", 2.7),
         ("forward + backward in place", "float32", "best", 6.0),
     ),
+    "kl_divergence": (("forward", "float32", "eager", 12.0),),
     "kept_token_logprobs": (
         ("forward", "float32", "best", 20.0),
         ("forward + backward", "float32", "best", 20.0),

@@ -28,6 +28,7 @@ from pyllmtune.losses.reinforce import reinforce_loss
 from pyllmtune.losses.value import ValueLossOutput, value_loss
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.gae import GaeOutput, gae
+from pyllmtune.ops.kl_divergence import kl_divergence
 from pyllmtune.ops.linear_token_logprobs import linear_token_logprobs
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
 from pyllmtune.ops.sample import SampleOutput, greedy, sample
@@ -57,6 +58,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "keyword_reward",
+    "kl_divergence",
     "kto_loss",
     "linear_token_logprobs",
     "multi_objective_advantages",

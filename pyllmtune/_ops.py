@@ -46,6 +46,15 @@ SCHEMAS = {
     " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
     "token_logprobs_backward": f"(Tensor logits, {_SCORE_GRADIENT}) -> Tensor",
     "token_logprobs_backward_inplace": f"(Tensor(a!) logits, {_SCORE_GRADIENT}) -> ()",
+    # js_weight 0: KL; divergence [outer, inner], stats [6, outer, inner]: csrc/math/divergence.h
+    "kl_divergence": "(Tensor logits, Tensor ref_logits, float temperature,"
+    " Tensor? row_temperature, Tensor? mask, float js_weight)"
+    " -> (Tensor divergence, Tensor stats)",
+    # a gradient that is not wanted is empty
+    "kl_divergence_backward": "(Tensor logits, Tensor ref_logits, float temperature,"
+    " Tensor? row_temperature, Tensor? mask, float js_weight, Tensor stats, Tensor grad,"
+    " bool logits_gradient, bool ref_gradient)"
+    " -> (Tensor grad_logits, Tensor grad_ref_logits)",
     # logits [outer, inner, V], or [entries] of the kept tokens alone; offsets [rows + 1] and
     # token_ids [entries] as in KeptTokens; the rest and the results [rows], stats [2, rows]
     "kept_token_logprobs": f"(Tensor logits, {_KEPT_INPUTS})"

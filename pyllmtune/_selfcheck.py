@@ -12,6 +12,7 @@ from pyllmtune import (
     _backend,
     filter_logits,
     gae,
+    kl_divergence,
     linear_token_logprobs,
     policy_loss,
     sample,
@@ -51,6 +52,16 @@ def _score(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     out = token_logprobs(logits, tokens, temperature=0.8, backend=backend)
     sum(value.square().sum() for value in out).backward()
     return [*(value.detach() for value in out), logits.grad]
+
+
+def _divergence(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits, noise = (torch.randn(7, 3001, generator=generator) for _ in range(2))
+    rows = [x.to(device, dtype).requires_grad_() for x in (3 * logits, 3 * logits + noise)]
+    out = kl_divergence(*rows, temperature=0.8, backend=backend)
+    js = kl_divergence(*rows, js_weight=0.3, backend=backend)
+    (out.sum() + js.square().sum()).backward()
+    return [out.detach(), js.detach(), *(x.grad for x in rows)]
 
 
 def _kept(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -139,6 +150,7 @@ def _gae(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
 CHECKS = {
     "temperature_softmax": _softmax,
     "token_logprobs": _score,
+    "kl_divergence": _divergence,
     "kept_token_logprobs": _kept,
     "linear_token_logprobs": _head,
     "kept_logits": _kept_head,

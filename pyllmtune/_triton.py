@@ -28,6 +28,8 @@ _MODULES = {
     "filter_logits_out": "filter_logits",
     "filter_logits_backward": "filter_logits",
     "sample": "sample",
+    "kl_divergence": "kl_divergence",
+    "kl_divergence_backward": "kl_divergence",
     "policy_loss": "policy_loss",
     "gae": "gae",
 }

@@ -24,6 +24,7 @@ WORDS = (
     "kept_logits",
     "filter_logits",
     "sample",
+    "kl_divergence",
     "policy_loss",
     "gae",
 )

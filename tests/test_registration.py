@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyllmtune
 from pyllmtune import KeptTokens, PolicyLossConfig, _ops, policy_loss, token_logprobs
-from tests import helpers, test_registration_decoding
+from tests import helpers, test_registration_decoding, test_registration_kl_divergence
 
 LOGITS = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randint(0, 17, (2, 3), generator=torch.Generator().manual_seed(2))
@@ -184,7 +184,8 @@ def test_every_schema_is_checked_above():
         "gae",
         *("linear_token_logprobs_tile", "linear_token_logprobs_tile_backward"),  # their own file
     }
-    assert words | test_registration_decoding.CHECKED == set(_ops.SCHEMAS)
+    words |= test_registration_decoding.CHECKED | test_registration_kl_divergence.CHECKED
+    assert words == set(_ops.SCHEMAS)
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpp"))

@@ -144,6 +144,7 @@ inline F64x1 operator*(F64x1 a, F64x1 b) { return F64x1(a.v * b.v); }
 inline F64x1 operator/(F64x1 a, F64x1 b) { return F64x1(a.v / b.v); }
 inline F64x1 fma_of(F64x1 a, F64x1 b, F64x1 c) { return F64x1(a.v * b.v + c.v); }
 inline F64x1 max_of(F64x1 a, F64x1 b) { return F64x1(a.v > b.v ? a.v : b.v); }
+inline F64x1 min_of(F64x1 a, F64x1 b) { return F64x1(a.v < b.v ? a.v : b.v); }
 inline bool operator<(F64x1 a, F64x1 b) { return a.v < b.v; }
 inline bool operator>(F64x1 a, F64x1 b) { return a.v > b.v; }
 inline bool operator>=(F64x1 a, F64x1 b) { return a.v >= b.v; }
@@ -165,8 +166,12 @@ inline F64x1 exp2_nonpositive(F64x1& y) {
   return F64x1(y.v == -1100.0 ? 0.0 : exp2(y.v));
 }
 template <>
-inline F64x1 exp_residual<F64x1>(F64x1 x, F64x1) {
+inline F64x1 small_exp_residual<F64x1>(F64x1 x) {
   return F64x1(expm1(x.v) - x.v);
+}
+template <>
+inline F64x1 small_log_residual<F64x1>(F64x1 x) {
+  return F64x1(x.v - log1p(x.v));
 }
 
 // The vector in which elements of type T are computed.

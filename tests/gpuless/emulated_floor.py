@@ -237,6 +237,7 @@ def gae(
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
     from . import emulated_decoding as decoding  # they use what is above
+    from . import emulated_divergence as divergence
     from . import emulated_kept as kept
     from . import emulated_linear as linear
 
@@ -257,6 +258,8 @@ def install() -> None:
         decoding.filter_logits_out,
         decoding.filter_logits_backward,
         decoding.sample,
+        divergence.kl_divergence,
+        divergence.kl_divergence_backward,
         policy_loss,
         gae,
         linear.linear_token_logprobs_tile,

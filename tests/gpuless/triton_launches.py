@@ -43,6 +43,7 @@ def calls() -> list[tuple[str, Any]]:
         gae,
         kept_logits,
         kept_token_logprobs,
+        kl_divergence,
         policy_loss,
         sample,
         temperature_softmax,
@@ -114,6 +115,13 @@ def calls() -> list[tuple[str, Any]]:
                     temperature_softmax.temperature_softmax_backward(*args)
                 ),
             ),
+        ]
+        weight = 0.5 if optional and dtype == torch.float32 else 0.0
+        pair = (logits, torch.zeros(2, 3, vocab, dtype=dtype), *head[2:], weight)
+        wanted = (torch.zeros(6, 2, 3), rows, True, optional)
+        found += [
+            (name, lambda args=pair: kl_divergence.kl_divergence(*args)),
+            (name, lambda args=(*pair, *wanted): kl_divergence.kl_divergence_backward(*args)),
         ]
         if dtype == torch.float16:
             continue  # long kernels, compiled as for bfloat16

@@ -9,6 +9,7 @@ from pyllmtune import (
     PolicyLossConfig,
     filter_logits,
     gae,
+    kl_divergence,
     linear_token_logprobs,
     policy_loss,
     sample,
@@ -26,6 +27,8 @@ def work(seed: int) -> None:
         part = torch.randn(rows, 40_000, generator=generator).requires_grad_()
         temperature = torch.ones(rows, requires_grad=True)
         temperature_softmax(part, temperature, log=True, backend="cpp").sum().backward()
+        rows = part.detach().requires_grad_(), torch.randn(rows, 40_000, generator=generator)
+        (kl_divergence(*rows) + kl_divergence(*rows, js_weight=0.5)).sum().backward()
     z = logits.detach()
     for filters in ({"top_k": 20}, {"top_p": 0.9}, {"top_k": 5000}, {}):
         sample(z, **filters, return_stats=True, return_kept=True, backend="cpp")
