@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks import (
+    bench_beam_step,
     bench_filter_logits,
     bench_gae,
     bench_kept_logits,
@@ -33,6 +34,7 @@ BENCHES = {
         bench_temperature_softmax,
         bench_filter_logits,
         bench_sample,
+        bench_beam_step,
         bench_token_logprobs,
         bench_kl_divergence,
         bench_kept_token_logprobs,

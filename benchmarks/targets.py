@@ -16,6 +16,7 @@ SHAPES = {
     "temperature_softmax": "64x151936",
     "filter_logits": "64x151936",
     "sample": "64x151936",
+    "beam_step": "64x151936",
     "token_logprobs": "64x151936",
     "kl_divergence": "64x151936",
     "kept_token_logprobs": "64x151936",
@@ -43,6 +44,7 @@ SPEEDUPS = {
         ("one row, plain", "float32", "eager", 25.0),
         ("one row, top-p .95", "float32", "eager", 60.0),
     ),
+    "beam_step": (("step", "float32", "eager", 12.0),),
     "token_logprobs": (
         ("forward", "float32", "torch.compile", 2.8),
         ("forward", "float32", "eager", 7.0),
@@ -87,6 +89,7 @@ SPREAD = 1.5  # slowest over fastest time per logit
 SPREADS = {
     "token_logprobs": ("forward over V", "forward over N"),
     "sample": ("top-p .95 over V", "top-p .95 over N"),
+    "beam_step": ("step over V", "step over N"),
 }
 EXTRA = 1.15  # time with these over that of the bare draw
 EXTRAS = {

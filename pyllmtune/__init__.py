@@ -26,6 +26,7 @@ from pyllmtune.losses.preference import PreferencePairs, preference_loss, prefer
 from pyllmtune.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from pyllmtune.losses.reinforce import reinforce_loss
 from pyllmtune.losses.value import ValueLossOutput, value_loss
+from pyllmtune.ops.beam_step import BeamStep, beam_step
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.gae import GaeOutput, gae
 from pyllmtune.ops.kl_divergence import kl_divergence
@@ -39,6 +40,7 @@ from pyllmtune.scoring import score_answers
 
 __all__ = [
     "GROUP_PRESETS",
+    "BeamStep",
     "GaeOutput",
     "KeptTokens",
     "PolicyLossConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "TokenLogprobs",
     "ValueLossOutput",
     "__version__",
+    "beam_step",
     "cpo_loss",
     "dpo_loss",
     "filter_logits",

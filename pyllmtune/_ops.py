@@ -98,6 +98,13 @@ SCHEMAS = {
     " bool logprobs, bool return_stats, bool return_kept)"
     " -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor rank, Tensor num_kept,"
     " Tensor kept_mass, Tensor entropy, Tensor kept_ids)",
+    # logits [batch, num_beams, V] with unit last stride; beam_scores, row_temperature and valid
+    # [batch, num_beams]; allowed [batch * num_beams or 1, ...] as for sample; widths [batch] int64;
+    # other results [batch, num_candidates], group after group
+    "beam_step": "(Tensor logits, Tensor beam_scores, float temperature, Tensor? row_temperature,"
+    " Tensor? allowed, bool renormalize, Tensor? widths, Tensor? eos_token_ids,"
+    " int num_candidates, int num_groups, float diversity_penalty)"
+    " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor is_eos, Tensor valid)",
     # per-token tensors are flat [total], sequence i is offsets[i]:offsets[i + 1]; advantages are
     # [total] or [sequences]; normalizer 0 means: count tokens or sequences; the gradients returned
     # are still to be multiplied by `scale`

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyllmtune import (
     KeptTokens,
     _backend,
+    beam_step,
     filter_logits,
     gae,
     kl_divergence,
@@ -112,6 +113,19 @@ def _decode(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [kept, out.tokens, out.logprobs, out.rank, out.num_kept, out.entropy]
 
 
+def _beam(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Beams agree, so that groups take from one another; tokens are the same or it fails."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 9001, generator=generator) * 3
+    logits = logits + 0.1 * torch.randn(2, 4, 9001, generator=generator)
+    scores = torch.randn(2, 4, generator=generator)
+    options = {"num_beams": 4, "eos_token_id": 7, "temperature": 0.8, "backend": backend}
+    logits, scores = logits.to(device, dtype), scores.to(device)
+    plain = beam_step(logits, scores, **options)
+    groups = beam_step(logits, scores, num_groups=2, diversity_penalty=0.7, **options)
+    return [*plain[:3], *groups[:3]]
+
+
 def _policy(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     logprobs, noise, ref = (torch.randn(5, 301, generator=generator) for _ in range(3))
@@ -155,6 +169,7 @@ CHECKS = {
     "linear_token_logprobs": _head,
     "kept_logits": _kept_head,
     "sample": _decode,
+    "beam_step": _beam,
     "policy_loss": _policy,
     "gae": _gae,
 }

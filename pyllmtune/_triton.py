@@ -30,6 +30,7 @@ _MODULES = {
     "sample": "sample",
     "kl_divergence": "kl_divergence",
     "kl_divergence_backward": "kl_divergence",
+    "beam_step": "beam_step",
     "policy_loss": "policy_loss",
     "gae": "gae",
 }

@@ -25,6 +25,7 @@ WORDS = (
     "filter_logits",
     "sample",
     "kl_divergence",
+    "beam_step",
     "policy_loss",
     "gae",
 )

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyllmtune import _ops, filter_logits, greedy, sample
+from pyllmtune import _ops, beam_step, filter_logits, greedy, sample
 from tests import helpers
 
 LOGITS = torch.randn(2, 3, 17, generator=torch.Generator().manual_seed(1))
-CHECKED = {"filter_logits", "filter_logits_out", "filter_logits_backward", "sample"}
+CHECKED = {"filter_logits", "filter_logits_out", "filter_logits_backward", "sample", "beam_step"}
 
 
 def filters(per_row: bool) -> tuple:
@@ -29,6 +29,14 @@ def sample_args(per_row: bool) -> tuple:
     return (LOGITS, *filters(per_row), allowed, indices, 2, *draw, per_row, per_row, per_row)
 
 
+def beam_args(per_row: bool) -> tuple:
+    if not per_row:
+        return (LOGITS, torch.zeros(2, 3), 0.7, None, None, True, None, None, 6, 3, 0.5)
+    allowed, widths = torch.rand(6, 17) < 0.9, torch.tensor([3, 1])
+    rows, eos = torch.rand(2, 3) + 0.5, torch.tensor([1, 2])
+    return (LOGITS, torch.zeros(2, 3), 1.0, rows, allowed, False, widths, eos, 9, 1, 0.0)
+
+
 @pytest.mark.parametrize("floor", helpers.KERNELS)
 @pytest.mark.parametrize("per_row", (False, True))
 def test_opcheck(floor, per_row):
@@ -43,6 +51,7 @@ def test_opcheck(floor, per_row):
     backward = (torch.randn(2, 3, 17), output, *temperature)
     torch.library.opcheck(_ops.handle("filter_logits_backward", floor), backward)
     torch.library.opcheck(_ops.handle("sample", floor), sample_args(per_row))
+    torch.library.opcheck(_ops.handle("beam_step", floor), beam_args(per_row))
 
 
 def step(logits: Tensor, seeds: Tensor, backend: str) -> tuple[Tensor, ...]:
@@ -57,7 +66,10 @@ def step(logits: Tensor, seeds: Tensor, backend: str) -> tuple[Tensor, ...]:
         backend=backend,
     )
     kept = filter_logits(logits, top_p=0.9, backend=backend)
-    return out.tokens, out.logprobs, out.rank, greedy(logits, backend=backend).tokens, kept
+    beams = torch.stack([logits, logits.flip(-1)], 1)
+    scores = torch.stack([seeds, seeds + 1], 1) * 0.1
+    best = beam_step(beams, scores, num_beams=2, eos_token_id=3, backend=backend)
+    return *best, out.tokens, out.logprobs, out.rank, greedy(logits, backend=backend).tokens, kept
 
 
 @pytest.mark.slow

@@ -29,11 +29,10 @@ typename V::Scalar tile_max(const T* z, int64_t n) {
 }
 
 template <class V, bool kEntropy, class T>
-SoftmaxStats<typename V::Scalar> tile_stats(const T* z, int64_t n,
-                                            typename V::Scalar inv_temperature) {
+SoftmaxStats<typename V::Scalar> tile_sums(const T* z, int64_t n, typename V::Scalar top,
+                                           typename V::Scalar inv_temperature) {
   using F = typename V::Scalar;
   const F none = -std::numeric_limits<F>::infinity();
-  const F top = tile_max<V>(z, n);
   const V base(top == none ? F(0) : top), scale(inv_temperature * F(kLog2E));
   V sum[4], weighted[4];
   for (int k = 0; k < 4; ++k) sum[k] = weighted[k] = V(F(0));
@@ -53,6 +52,12 @@ SoftmaxStats<typename V::Scalar> tile_stats(const T* z, int64_t n,
   if (i < n) add(1, load_first(z + i, n - i, none));
   return {top, reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3])),
           reduce_sum((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) * F(kLn2)};
+}
+
+template <class V, bool kEntropy, class T>
+SoftmaxStats<typename V::Scalar> tile_stats(const T* z, int64_t n,
+                                            typename V::Scalar inv_temperature) {
+  return tile_sums<V, kEntropy>(z, n, tile_max<V>(z, n), inv_temperature);
 }
 
 template <class V, bool kEntropy, class T>

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../math/philox.h"
+#include "allowed.h"
 #include "filter_arguments.h"
 #include "rows.h"
 
@@ -24,9 +25,7 @@ struct Request {
   FilterArguments filters;
   PerRow<int64_t> seed, position;
   int64_t rows, samples, vocab;
-  const bool* allowed;           // [R or 1, V], or null
-  const int32_t* allowed_words;  // [R or 1, words], or null
-  bool shared_allowed;
+  AllowedSets allowed;
   const int64_t* row_indices;  // or null
   bool want_scores, want_stats, want_kept;
 
@@ -175,12 +174,7 @@ void draw_row(const Prepared<T>& prepared, int64_t row, const Request& request, 
 
 // The row as float32, -inf where not allowed.
 template <class T>
-void copy_allowed(const T* z, const Request& request, int64_t row, float* out) {
-  const int64_t vocab = request.vocab, set = request.shared_allowed ? 0 : row;
-  const bool* allowed = request.allowed == nullptr ? nullptr : request.allowed + set * vocab;
-  const int32_t* words = request.allowed_words == nullptr
-                             ? nullptr
-                             : request.allowed_words + set * ((vocab + 31) / 32);
+void copy_allowed(const T* z, const AllowedTokens& allowed, int64_t vocab, float* out) {
   const auto vector_at = [&](int64_t i, int64_t n) {
     if constexpr (std::is_same_v<T, double>) {
       float lane[16] = {};
@@ -192,20 +186,13 @@ void copy_allowed(const T* z, const Request& request, int64_t row, float* out) {
   };
   for (int64_t i = 0; i < vocab; i += 16) {
     const int64_t n = std::min<int64_t>(16, vocab - i);
-    F32x16 x = vector_at(i, n);
-    if (allowed != nullptr) x = select(load_mask_up_to<F32x16>(allowed + i, n), x, F32x16(kNone));
-    if (words != nullptr) {
-      const uint32_t word = static_cast<uint32_t>(words[i / 32]);
-      x = select(mask_of_bits((word >> (i % 32)) & 0xffff), x, F32x16(kNone));
-    }
-    store_up_to(out + i, x, n);
+    store_up_to(out + i, allowed.only(vector_at(i, n), i, n), n);
   }
 }
 
 template <class T>
 void sample_rows(const T* logits, RowLayout layout, const Request& request, Results& out) {
-  const bool copied =
-      request.allowed != nullptr || request.allowed_words != nullptr || std::is_same_v<T, double>;
+  const bool copied = !request.allowed.first.all() || std::is_same_v<T, double>;
   // a double is read from its float copy alone; the other branch is then never taken
   using Direct = std::conditional_t<std::is_same_v<T, double>, float, T>;
   for_rows(request.rows, request.vocab, [&](int64_t first, int64_t last) {
@@ -218,7 +205,7 @@ void sample_rows(const T* logits, RowLayout layout, const Request& request, Resu
       const FilterRule rule = request.filters[row];
       // several draws from one row share its preparation
       const bool again = ready >= 0 && request.source(ready) == request.source(row) &&
-                         request.filters[ready] == rule && (!copied || request.shared_allowed);
+                         request.filters[ready] == rule && request.allowed.shared();
       const auto run = [&](auto& prepared, const auto* source) {
         if (!again) prepared.prepare(source, request, rule);
         if (prepared.filter.valid)
@@ -227,7 +214,7 @@ void sample_rows(const T* logits, RowLayout layout, const Request& request, Resu
           mark_invalid(row, request, out);
       };
       if (copied) {
-        if (!again) copy_allowed(z, request, row, copy.data());
+        if (!again) copy_allowed(z, request.allowed[row], request.vocab, copy.data());
         run(of_copy, copy.data());
       } else {
         run(direct, reinterpret_cast<const Direct*>(z));
@@ -255,20 +242,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
       STD_TORCH_CHECK(indices[row] >= 0 && indices[row] < sources, "row_indices must be in [0, ",
                       sources, "), got ", indices[row]);
   }
-  const bool* mask = nullptr;
-  const int32_t* words = nullptr;
-  bool shared = false;
-  if (allowed) {
-    const bool dense = allowed->scalar_type() == ScalarType::Bool;
-    const int64_t width = dense ? vocab : (vocab + 31) / 32;
-    shared = allowed->size(0) == 1 && rows != 1;
-    check_flat(*allowed, (shared ? 1 : rows) * width, dense ? ScalarType::Bool : ScalarType::Int,
-               "allowed");
-    if (dense)
-      mask = data<const bool>(*allowed);
-    else
-      words = data<const int32_t>(*allowed);
-  }
   const Request request{filter_arguments(rows, temperature, row_temperature, top_k, row_top_k,
                                          top_p, row_top_p, min_p, row_min_p, order),
                         {seed, row_seed, rows, ScalarType::Long, "row_seed"},
@@ -276,9 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
                         rows,
                         num_samples,
                         vocab,
-                        mask,
-                        words,
-                        shared,
+                        allowed_sets(allowed, rows, vocab),
                         indices,
                         logprobs,
                         return_stats,

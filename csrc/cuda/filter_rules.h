@@ -1,4 +1,4 @@
-// filter_rules: checks that filter_logits.cu and sample.cu share: the logits, and the filters of
+// filter_rules: checks that the decoding ops share: the logits, the allowed tokens, the filters of
 // each row.
 #pragma once
 
@@ -23,6 +23,23 @@ inline void check_rows(const Tensor& x, const char* name) {
                   " must be contiguous along V > 0");
   STD_TORCH_CHECK(vocab <= kMaxVocab && rows <= kMaxRows, name,
                   " must have at most 2^27 columns and 2^31 - 1 rows, got ", vocab, " and ", rows);
+}
+
+inline AllowedTokens check_allowed(const OnDevice& device, const OptionalTensor& allowed,
+                                   int64_t rows, int64_t vocab) {
+  if (!allowed) return {nullptr, nullptr, false};
+  const bool flags = allowed->scalar_type() == ScalarType::Bool;
+  const int64_t width = flags ? vocab : (vocab + 31) / 32;
+  STD_TORCH_CHECK(allowed->dim() == 2 && allowed->size(1) == width &&
+                      (allowed->size(0) == rows || allowed->size(0) == 1),
+                  "allowed must be [rows or 1, ", width, "]");
+  const int64_t numel = allowed->numel();
+  const bool per_row = allowed->size(0) > 1;
+  if (flags)
+    return {device.flat<const bool>(*allowed, numel, ScalarType::Bool, "allowed"), nullptr,
+            per_row};
+  return {nullptr, device.flat<const uint32_t>(*allowed, numel, ScalarType::Int, "allowed"),
+          per_row};
 }
 
 inline FilterRules filter_rules(const OnDevice& device, int64_t rows, double temperature,

@@ -75,6 +75,19 @@ struct KeyRow {
   }
 };
 
+struct AllowedTokens {
+  const bool* flags;     // [rows or 1, V], or null
+  const uint32_t* bits;  // [rows or 1, ceil(V / 32)], or null
+  bool per_row;
+
+  template <class T>
+  __device__ KeyRow<T> of(const T* logits, int64_t row, int vocab) const {
+    const int64_t set = per_row ? row : 0, words = (vocab + 31) / 32;
+    return {logits, vocab, flags == nullptr ? nullptr : flags + set * vocab,
+            bits == nullptr ? nullptr : bits + set * words};
+  }
+};
+
 template <class Part>
 __device__ inline Part block_sum(const Part& part) {  // in every thread
   return block_broadcast(block_reduce(part, Part{}, [](const Part& mine) {

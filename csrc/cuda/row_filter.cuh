@@ -270,18 +270,23 @@ __device__ Prefix find_prefix(const KeyRow<T>& row, const FilterRule& rule, cons
   return shorter(shorter(k, m), p);
 }
 
-// The cut of a row without NaN or +inf, with something allowed and sound parameters. When a thread
-// returns, the whole block has read the row for the last time: it may be overwritten.
+// The last token of a prefix.
 template <class T>
-__device__ Cut find_cut(const KeyRow<T>& row, const FilterRule& rule, const RowSummary& seen,
-                        int32_t own_top) {
+__device__ Cut cut_of(const KeyRow<T>& row, const Prefix& kept) {
   PLT_SHARED(int64_t, of_warps, kWarp);
-  const Prefix kept = find_prefix(row, rule, seen, own_top);
   if (kept.ties == kAllTies) return {kept.key, INT32_MAX};
   const auto same = [&](int32_t key, int) -> int64_t { return key == kept.key; };
   sum_stretches(row, same, of_warps);
   const int id = threadIdx.x < kWarp ? walk(row, same, of_warps, kept.ties - 1) : 0;
   return {kept.key, block_broadcast(id)};
+}
+
+// The cut of a row without NaN or +inf, with something allowed and sound parameters. When a thread
+// returns, the whole block has read the row for the last time: it may be overwritten.
+template <class T>
+__device__ Cut find_cut(const KeyRow<T>& row, const FilterRule& rule, const RowSummary& seen,
+                        int32_t own_top) {
+  return cut_of(row, find_prefix(row, rule, seen, own_top));
 }
 
 }  // namespace pyllmtune

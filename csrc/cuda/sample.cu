@@ -7,23 +7,6 @@ namespace {
 
 using torch::stable::new_empty;
 
-AllowedTokens check_allowed(const OnDevice& device, const OptionalTensor& allowed, int64_t rows,
-                            int64_t vocab) {
-  if (!allowed) return {nullptr, nullptr, false};
-  const bool flags = allowed->scalar_type() == ScalarType::Bool;
-  const int64_t width = flags ? vocab : (vocab + 31) / 32;
-  STD_TORCH_CHECK(allowed->dim() == 2 && allowed->size(1) == width &&
-                      (allowed->size(0) == rows || allowed->size(0) == 1),
-                  "allowed must be [rows or 1, ", width, "]");
-  const int64_t numel = allowed->numel();
-  const bool per_row = allowed->size(0) > 1;
-  if (flags)
-    return {device.flat<const bool>(*allowed, numel, ScalarType::Bool, "allowed"), nullptr,
-            per_row};
-  return {nullptr, device.flat<const uint32_t>(*allowed, numel, ScalarType::Int, "allowed"),
-          per_row};
-}
-
 // The ids of the kept tokens, row after row. Waits for the device: their number is a shape.
 template <class T>
 Tensor kept_ids_of(const OnDevice& device, const Tensor& logits, const SampleInput<T>& in,

@@ -20,12 +20,6 @@ namespace pyllmtune {
 constexpr int kOffsetThreads = 512;
 constexpr float kLn2 = 0.693147181f;
 
-struct AllowedTokens {
-  const bool* flags;     // [rows or 1, V], or null
-  const uint32_t* bits;  // [rows or 1, ceil(V / 32)], or null
-  bool per_row;
-};
-
 template <class T>
 struct SampleInput {
   const T* logits;
@@ -43,10 +37,7 @@ struct SampleInput {
   }
   __device__ bool has(int64_t source) const { return source >= 0 && source < logits_rows; }
   __device__ KeyRow<T> row(int64_t row) const {
-    const int64_t set = allowed.per_row ? row : 0, words = (vocab + 31) / 32;
-    return {logits + layout.offset(static_cast<uint32_t>(source(row))), vocab,
-            allowed.flags == nullptr ? nullptr : allowed.flags + set * vocab,
-            allowed.bits == nullptr ? nullptr : allowed.bits + set * words};
+    return allowed.of(logits + layout.offset(static_cast<uint32_t>(source(row))), row, vocab);
   }
 };
 

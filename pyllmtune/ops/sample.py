@@ -119,7 +119,7 @@ def sample(
         raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}")
     filters = check_filters(temperature, top_k, top_p, min_p, order, shape, device)
     kinds = _kinds(logprobs)
-    bits = _as_allowed(allowed, shape, vocab, device)
+    bits = as_allowed(allowed, shape, vocab, device)
     if seed is None:
         bounds = (-(2**63), 2**63 - 1)
         seed = torch.randint(*bounds, shape, dtype=torch.int64, device=device, generator=generator)
@@ -213,7 +213,7 @@ def _check_row_indices(indices: Tensor, rows: int, device: torch.device) -> None
             )
 
 
-def _as_allowed(
+def as_allowed(
     allowed: Tensor | None, shape: torch.Size, vocab: int, device: torch.device
 ) -> Tensor | None:
     """``allowed`` as ``[R or 1, V]`` bool or ``[R or 1, words]`` int32, contiguous."""

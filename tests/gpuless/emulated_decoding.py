@@ -1,4 +1,4 @@
-"""The decoding ops of the emulated floor: what filter_logits.cu and sample.cu launch."""
+"""The decoding ops of the emulated floor: what their .cu files launch."""
 
 from __future__ import annotations
 
@@ -63,17 +63,22 @@ def filter_logits_backward(
     return grad_logits
 
 
+def _allowed(allowed: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Flags, bits, and whether there is a set for each row."""
+    per_row = allowed is not None and allowed.shape[0] > 1
+    flags = allowed if allowed is not None and allowed.dtype == torch.bool else None
+    return flags, allowed if flags is None else None, per_row
+
+
 def sample(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *filters, order = args[:9]
     allowed, row_indices, samples, *numbers = args[9:15]
     position_rows, scores, stats, kept = args[15:]
     outer, inner, vocab = logits.shape
     rows = outer * inner if row_indices is None else row_indices.shape[0]
-    flags = allowed if allowed is not None and allowed.dtype == torch.bool else None
     rows_read = (
         *(_dtype_code(logits), logits, outer * inner, inner, vocab, *logits.stride()[:2]),
-        *(flags, allowed if flags is None else None),
-        *(allowed is not None and allowed.shape[0] > 1, row_indices, rows),
+        *(*_allowed(allowed), row_indices, rows),
     )
     tokens = torch.empty(rows, samples, dtype=torch.int64)
     valid = torch.empty(rows, dtype=torch.bool)
@@ -105,3 +110,37 @@ def sample(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         ids = torch.empty(int(offsets[-1]), dtype=torch.int32)
         library("sample").call("kept_ids", *rows_read, cuts, offsets, ids)
     return tokens, valid, logprobs, rank, num_kept, kept_mass, entropy, ids
+
+
+def beam_step(
+    logits: Tensor,
+    beam_scores: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    allowed: Tensor | None,
+    renormalize: bool,
+    widths: Tensor | None,
+    eos_token_ids: Tensor | None,
+    num_candidates: int,
+    num_groups: int,
+    diversity_penalty: float,
+) -> tuple[Tensor, ...]:
+    batch, beams, vocab = logits.shape
+    parts = batch * beams * -(-vocab // 8192)
+    size = beams // num_groups
+    kept = min(vocab, num_candidates // num_groups + beams - size)
+    results = [torch.empty(batch, num_candidates)]
+    results += [torch.empty(batch, num_candidates, dtype=torch.int64) for _ in range(2)]
+    results += [torch.empty(batch, count, dtype=torch.bool) for count in (num_candidates, beams)]
+    library("beam_step").call(
+        "beam_step",
+        *(_dtype_code(logits), logits, batch, beams, vocab, *logits.stride()[:2]),
+        *(_flat(beam_scores), float(temperature), _flat(row_temperature)),
+        *(*_allowed(allowed), renormalize, widths, eos_token_ids),
+        *(0 if eos_token_ids is None else eos_token_ids.numel(), num_candidates, num_groups),
+        *(float(diversity_penalty), torch.empty(parts, 2)),
+        *(torch.empty(parts, kept, dtype=torch.int32) for _ in range(2)),
+        torch.empty(batch, beams, dtype=torch.int32),
+        *results,
+    )
+    return tuple(results)

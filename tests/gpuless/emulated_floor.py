@@ -260,6 +260,7 @@ def install() -> None:
         decoding.sample,
         divergence.kl_divergence,
         divergence.kl_divergence_backward,
+        decoding.beam_step,
         policy_loss,
         gae,
         linear.linear_token_logprobs_tile,

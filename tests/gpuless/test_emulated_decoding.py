@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyllmtune import _ops, filter_logits, sample
+from pyllmtune import _ops, beam_step, filter_logits, sample
 from pyllmtune.reference import sample as reference
 
 from . import gpu_cases as cases
@@ -90,6 +90,18 @@ def assert_filtered(logits: Tensor, **options: Any) -> None:
         results.append((out.detach(), gradient))
     for got, want in zip(*results, strict=True):
         assert got.dtype == logits.dtype and torch.equal(got, want)
+
+
+def assert_beams(logits: Tensor, **options: Any) -> None:
+    """Candidates of two beams an item; tests/test_beam_step.py has the grid."""
+    scores = torch.tensor([[-3.0, -2.0], [-1.0, -math.inf]])
+    got, want = (
+        beam_step(logits, scores, num_beams=2, backend=backend, **options)
+        for backend in ("emulated", "reference")
+    )
+    cases.assert_within(got.scores, want.scores.double(), 3e-6, "scores")
+    for name in ("tokens", "parents", "is_eos", "valid"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -219,13 +231,16 @@ def every_result() -> list[Tensor]:
                 *out.logprobs.values(),
                 filter_logits(logits, backend="emulated", **filters),
             ]
+        groups = {"num_groups": 2, "diversity_penalty": 0.5, "num_candidates": 8}
+        scores = torch.zeros(1, 2)
+        results += beam_step(logits, scores, num_beams=2, **groups, backend="emulated")
     return results
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(floor):
     want = every_result()  # threads by index
     for seed in (1, 2, 0):
-        for word in ("filter_logits", "sample"):
+        for word in ("filter_logits", "sample", "beam_step"):
             floor.library(word).seed(seed)
         assert all(torch.equal(a, b) for a, b in zip(every_result(), want, strict=True))
 
@@ -238,6 +253,10 @@ def test_small_grids():
             assert_drawn(logits, **filters)
             assert_filtered(logits, **filters)
         filter_logits(logits, top_k=5, out=logits, backend="emulated")
+        beams = rows_of(kind, 301, dtype)[:, :2]
+        assert_beams(beams, renormalize=False, allowed=torch.rand(301) < 0.9, eos_token_id=4)
+        assert_beams(beams[..., :3], num_groups=2, diversity_penalty=0.5)
+    assert_beams(rows_of("equal", 2300, torch.float32)[:, :2], num_candidates=3)
     assert_drawn(rows_of("flat", 5003, torch.float32)[:1, 0], top_k=4300, top_p=0.97)
 
 

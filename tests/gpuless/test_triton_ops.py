@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from pyllmtune import beam_step
 from pyllmtune.ops.kept_logits import kept_logits
 
 from . import gpu_cases as cases
@@ -234,6 +235,19 @@ def test_kept_logits_bytes(traffic, dtype):
     assert by_weight.stored == len(kept.token_ids.unique()) * row
 
 
+@pytest.mark.parametrize("vocab", (7, 5003))
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_beam_step_reads_each_live_row_once(traffic, vocab, dtype):
+    """Beside the row, the beam's score in each of its parts; of a finished beam that alone."""
+    logits, parts = cases.logits_of("unaligned", vocab, dtype), -(-vocab // 4096)
+    scores = torch.tensor([[0.0, -math.inf, 1.0], [-math.inf, -1.0, -math.inf]])
+    beam_step(logits, scores, num_beams=3, backend="triton")
+    rows, merge = traffic.launches
+    assert [rows.kernel, merge.kernel] == ["_beam_rows_kernel", "_beam_merge_kernel"]
+    assert rows.loaded == 3 * vocab * dtype.itemsize + 6 * parts * 4
+    assert rows.stored == 3 * parts * (2 * 4 + 6 * 8)  # maximum and sum, six tokens
+
+
 def test_the_folder_refuses_to_be_a_top_level_package():
     code = "import kernels"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
@@ -260,7 +274,7 @@ def test_launches_compile_for_a_gpu():
         "_filter_logits_bwd_kernel": 2,
     }
     # four tokens a thread, or gathered one by one
-    narrow = ("sample_scores_kernel", "sample_kept_ids_kernel")
+    narrow = ("sample_scores_kernel", "sample_kept_ids_kernel", "_beam_merge_kernel")
     narrow += tuple(f"_kept_token_logprobs_{way}_kernel" for way in ("fwd", "bwd"))
     narrow += tuple(f"_kept_logits_{way}_kernel" for way in ("fwd", "bwd_hidden", "bwd_weight"))
     for launch in launches:

@@ -39,6 +39,7 @@ def calls() -> list[tuple[str, Any]]:
     """Every function, with and without each optional argument, as (description, call)."""
     import torch
     from pyllmtune.kernels import (
+        beam_step,
         filter_logits,
         gae,
         kept_logits,
@@ -132,6 +133,9 @@ def calls() -> list[tuple[str, Any]]:
         words = torch.zeros(6, (vocab + 31) // 32, dtype=torch.int32)
         draws = (3, 5, whole, 7, whole) if optional else (1, 5, None, 7, None)
         masked = (words, whole) if optional else (None, None)
+        beams = (0.7, None, None, True, None, None, 6, 1, 0.0)
+        if optional:
+            beams = (0.7, rows, words, False, whole[:2], whole[:3], 12, 3, 0.5)
         found += [
             (name, lambda args=(logits, *filters): filter_logits.filter_logits(*args)),
             (
@@ -145,6 +149,10 @@ def calls() -> list[tuple[str, Any]]:
                 lambda args=(logits, *filters, *masked, *draws, *[optional] * 3): sample.sample(
                     *args
                 ),
+            ),
+            (
+                name,
+                lambda args=(logits, rows, *beams): beam_step.beam_step(*args),
             ),
         ]
     tokens, offsets = torch.zeros(40), torch.tensor([0, 8, 40])

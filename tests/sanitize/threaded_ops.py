@@ -7,6 +7,7 @@ import torch
 from pyllmtune import (
     KeptTokens,
     PolicyLossConfig,
+    beam_step,
     filter_logits,
     gae,
     kl_divergence,
@@ -33,6 +34,8 @@ def work(seed: int) -> None:
     for filters in ({"top_k": 20}, {"top_p": 0.9}, {"top_k": 5000}, {}):
         sample(z, **filters, return_stats=True, return_kept=True, backend="cpp")
         sample(z[:1], **filters, logprobs="raw", backend="cpp")  # one row on all threads
+    for beams in (5, 1):
+        beam_step(z, z[:, 0], num_beams=beams, backend="cpp")
     filter_logits(z, top_p=0.9, backend="cpp")
     kept = sample(z, top_k=9000, return_kept=True, backend="cpp").kept
     out = token_logprobs(logits, kept.token_ids[kept.offsets[:-1]].long(), kept=kept, backend="cpp")
