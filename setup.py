@@ -166,7 +166,15 @@ setup(
         "pyllmtune",
         *(
             f"pyllmtune.{part}"
-            for part in ("advantages", "demo", "kernels", "losses", "ops", "reference")
+            for part in (
+                "advantages",
+                "demo",
+                "integrations",
+                "kernels",
+                "losses",
+                "ops",
+                "reference",
+            )
         ),
     ],
     package_dir={"pyllmtune": "pyllmtune", "pyllmtune.kernels": "kernels"},

@@ -84,6 +84,39 @@ def linear_token_logprobs(
     >>> out.logprobs.exp()  # logits 3 and 1
     tensor([0.8808])
     """
+    scores, _ = score_hidden(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        mask=mask,
+        kept=kept,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    return scores
+
+
+def score_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    mask: Tensor | None = None,
+    kept: KeptTokens | None = None,
+    workspace_bytes: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[TokenLogprobs, Tensor | None]:
+    """``linear_token_logprobs`` with, of each row ``[N]``, sum e^((z - max z) / T): one over the
+    probability of its best token. None on the reference floor and with ``kept``.
+    """
     _checks.check_tensor("hidden", hidden, _checks.FLOATS)
     _checks.check_tensor("weight", weight, _checks.FLOATS)
     device, shape = hidden.device, hidden.shape[:-1]
@@ -115,7 +148,7 @@ def linear_token_logprobs(
             flat_mask,
             floor,
         )
-        return TokenLogprobs(*(score.reshape(shape) for score in scores))
+        return TokenLogprobs(*(score.reshape(shape) for score in scores)), None
 
     operator = floor != "reference"
     run = (
@@ -133,7 +166,8 @@ def linear_token_logprobs(
         None if select is None else select.reshape(-1),
         _check_workspace(workspace_bytes, device, hidden.dtype),
     )
-    return TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
+    scores = TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
+    return scores, results[3][1] if operator else None
 
 
 def _head_of_kept(
