@@ -20,6 +20,7 @@ from pyllmtune import (
     group_advantages,
     grpo_loss,
     keyword_reward,
+    kl_divergence,
     ppo_clip_loss,
     preference_loss,
     preference_pairs,
@@ -27,6 +28,7 @@ from pyllmtune import (
     sample,
     score_answers,
     temperature_softmax,
+    token_logprobs,
 )
 from pyllmtune.demo import lecture_pictures
 from tests.helpers import BACKENDS, use
@@ -251,6 +253,37 @@ def test_4_3_the_ratio_times_the_advantage(backend):
     new, reference = torch.tensor([[0.15]]).log(), torch.tensor([[0.10]]).log()
     out = grpo_loss(new, reference, torch.tensor([0.4]), eps_high=1.0, backend=backend)
     close(-out.loss, 0.6)
+
+
+def test_4_3_exact_kl_over_the_vocabulary(backend):
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.25, 0.25, 0.5]])
+    want = 0.5 * math.log(2) + 0.3 * math.log(0.3 / 0.25) + 0.2 * math.log(0.2 / 0.5)
+    close(kl_divergence(p.log(), q.log(), backend=backend), [want])
+    close(kl_divergence(p.log(), p.log(), backend=backend), [0.0])
+
+
+def test_4_3_the_whole_loss(backend):
+    """-1/G sum of ratio times A, unclipped, plus 0.1 KL(pi || pi_ref): value and gradient."""
+    logits, ref = torch.randn(3, 1, 5), torch.randn(3, 1, 5)
+    tokens, rewards = torch.tensor([[1], [4], [0]]), torch.tensor([0.9, 0.5, 0.2])
+    ours, plain = logits.clone().requires_grad_(), logits.double().requires_grad_()
+
+    new = token_logprobs(ours, tokens, backend=backend).logprobs
+    old = token_logprobs(ref, tokens, backend=backend).logprobs
+    advantages = group_advantages(rewards, group_size=3, scale="none")
+    bounds = {"eps_low": 1.0, "eps_high": 1e6}  # none: a ratio is positive and far below
+    policy = grpo_loss(new, old, advantages, backend=backend, **bounds).loss
+    loss = policy + 0.1 * kl_divergence(ours, ref, backend=backend).mean()
+
+    log_p, log_q = plain.log_softmax(-1), ref.double().log_softmax(-1)
+    ratio = (log_p - log_q).gather(-1, tokens[..., None]).exp()[:, 0, 0]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    better = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64) - 1.6 / 3
+    want = -(ratio * better).mean() + 0.1 * kl
+    close(loss, want)
+    loss.backward()
+    want.backward()
+    close(ours.grad, plain.grad)
 
 
 # 4.3.1  reasoning is rewarded by its words
