@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyllmtune import (
+    beam_step,
     dpo_loss,
     filter_logits,
     gae,
@@ -100,6 +101,14 @@ def test_2_2_temperature(backend):
 def test_2_2_greedy_takes_the_first_of_the_most_probable(backend):
     z = torch.tensor([[0.0, 2.0, 1.0], [1.0, 3.0, 3.0], [5.0, 5.0, 5.0]])
     assert greedy(z, backend=backend).tokens.tolist() == [1, 1, 0]
+
+
+def test_2_2_beam_search_keeps_the_three_best_prefixes_at_each_step(backend):
+    scores = torch.tensor([[0.5, 0.3, 0.2]]).log()  # of three prefixes
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.4, 0.3, 0.3]])
+    step = beam_step(p.log(), scores, num_beams=3, num_candidates=3, backend=backend)
+    close(step.scores.exp(), [[0.25, 0.24, 0.15]])
+    assert step.parents.tolist() == [[0, 1, 0]] and step.tokens.tolist() == [[0, 0, 1]]
 
 
 def drawn(logits: Tensor, backend: str, **filters: float) -> Tensor:
