@@ -4,8 +4,8 @@
     -> loss and scale (0-d), metrics [16], grad_logprobs and grad_entropy [total]: times `scale`
     l_t = weight_t rule(ratio_t, A_t) + kl_coef kl(ref_t - lp_t) - entropy_coef H_t
 
-Reads 12 to 25 bytes a token and writes 4 or 8. What the whole sequence decides (its mean log-ratio,
-its length, the gradient through that mean) takes another sweep over data then in cache. One program
+Reads 12 to 25 bytes a token and writes 4 or 8. What the whole sequence decides (its score,
+its length, the gradient through the score) takes another sweep over data then in cache. One program
 a sequence, then one over the sequences; threads are joined in float64, in one fixed order, without
 atomics.
 Limits: one program reads a whole sequence.
@@ -19,61 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import INF, as_bytes, on_device
-from .policy_rules import (
-    CISPO,
-    NO_KL,
+from .policy_terms import (
+    LENGTH_WEIGHTED,
     SEQ_MEAN_TOKEN_MEAN,
-    SEQUENCE_LEVEL,
+    SEQUENCE_SUM,
+    TOKEN,
     TOKEN_MEAN,
-    apply_rule,
     exp_residual,
-    kl_estimate,
+    level_term,
+    load_tokens,
+    score_of,
+    spreads_over_sequence,
+    token_terms,
 )
 
 METRICS = 16  # the order of pyllmtune/losses/metrics.py
-TOKENS, SEQUENCES, LOSS, RATIO = (tl.constexpr(slot) for slot in (0, 1, 3, 10))
+TOKENS, SEQUENCES, LOSS = (tl.constexpr(slot) for slot in (0, 1, 3))
 FIRST_MAXIMUM = tl.constexpr(14)
 
 BLOCK_T, WARPS = 256, 8  # one token a thread: its sums stay in registers
 BLOCK_SEQUENCES = 128
-
-
-@triton.jit
-def _load_tokens(t, end, logprobs_ptr, old_ptr, mask_ptr, ref_ptr):
-    """What is compared of a block of tokens; 0 where not valid, so that it enters no arithmetic."""
-    selected = t < end
-    if mask_ptr is not None:
-        selected = selected & (tl.load(mask_ptr + t, mask=selected, other=0) != 0)
-    old = tl.load(old_ptr + t, mask=selected, other=0.0)
-    finite = tl.abs(old) < INF
-    if ref_ptr is not None:
-        ref = tl.load(ref_ptr + t, mask=selected, other=0.0)
-        finite = finite & (tl.abs(ref) < INF)
-    valid = selected & finite
-    logprob = tl.load(logprobs_ptr + t, mask=valid, other=0.0)
-    log_ratio = tl.where(valid, logprob - old, 0.0)
-    delta = tl.zeros_like(old)  # ref - logprob
-    if ref_ptr is not None:
-        delta = tl.where(valid, ref - logprob, 0.0)
-    return valid, selected & ~finite, logprob, log_ratio, delta
-
-
-@triton.jit
-def _load_weights(t, valid, sequence, advantages_ptr, weights_ptr, TOKEN_ADVANTAGES: tl.constexpr):
-    if TOKEN_ADVANTAGES:
-        advantage = tl.load(advantages_ptr + t, mask=valid, other=0.0)
-    else:
-        advantage = tl.where(valid, tl.load(advantages_ptr + sequence), 0.0)
-    weight = valid.to(tl.float32)
-    if weights_ptr is not None:
-        weight = tl.load(weights_ptr + t, mask=valid, other=0.0)
-    return advantage, weight
-
-
-@triton.jit
-def _weighted(weight, value):
-    """Weight 0, as of every token that is not valid, switches off: 0 * inf would be NaN."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
@@ -96,15 +61,22 @@ def _policy_loss_fwd_kernel(
     grad_entropy_ptr,
     metrics_ptr,
     total,
-    low,
-    high,
-    cap,
+    rule_a,
+    rule_b,
+    rule_c,
+    rule_d,
+    log_ratio_limit,
+    score_min,
+    score_max,
     kl_coef,
+    kl_input_limit,
+    kl_limit,
     entropy_coef,
     TOKEN_ADVANTAGES: tl.constexpr,
     LEVEL: tl.constexpr,
     RULE: tl.constexpr,
     KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     AGGREGATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -116,37 +88,95 @@ def _policy_loss_fwd_kernel(
     block = tl.arange(0, BLOCK_T)
     zeros = tl.zeros([BLOCK_T], tl.float64)
 
-    per_token = 1.0  # 1 / n
-    mean = 0.0  # of the log-ratios
-    if (LEVEL == SEQUENCE_LEVEL) or (AGGREGATION == SEQ_MEAN_TOKEN_MEAN):
-        count, log_ratios = zeros, zeros
+    spreads: tl.constexpr = spreads_over_sequence(LEVEL, RULE, KL_GRADIENT)
+    by_length: tl.constexpr = (AGGREGATION == SEQ_MEAN_TOKEN_MEAN) | (
+        AGGREGATION == LENGTH_WEIGHTED
+    )
+    each = 1.0  # of the valid tokens, their share in a mean
+    sequence_score = 0.0
+    if (LEVEL != TOKEN) or by_length:
+        count, scores = tl.zeros([BLOCK_T], tl.float32), zeros
         for start in range(begin, end, BLOCK_T):
             t = start + block
-            valid, _, _, log_ratio, _ = _load_tokens(
-                t, end, logprobs_ptr, old_ptr, mask_ptr, ref_ptr
+            (valid, drop, logprob, old, advantage, weight, delta, entropy) = load_tokens(
+                t,
+                end,
+                sequence,
+                logprobs_ptr,
+                old_ptr,
+                advantages_ptr,
+                mask_ptr,
+                ref_ptr,
+                entropy_ptr,
+                weights_ptr,
+                TOKEN_ADVANTAGES,
             )
-            count += valid.to(tl.float64)
-            log_ratios += log_ratio.to(tl.float64)
-        n = tl.maximum(tl.sum(count, 0), 1.0)
-        per_token = (1.0 / n).to(tl.float32)
-        mean = (tl.sum(log_ratios, 0) / n).to(tl.float32)
-    share = per_token if AGGREGATION == SEQ_MEAN_TOKEN_MEAN else 1.0
+            value, flows, _, _ = level_term(
+                logprob - old, advantage, weight, rule_a, rule_b, log_ratio_limit, LEVEL, RULE
+            )
+            count += valid.to(tl.float32)
+            scores += tl.where(valid, value, 0.0).to(tl.float64)
+        length = tl.maximum(tl.sum(count.to(tl.float64), 0), 1.0)
+        each = 1.0 / length
+        summed = tl.sum(scores, 0)
+        if LEVEL != SEQUENCE_SUM:
+            summed = summed * each
+        sequence_score = summed.to(tl.float32)
+    share = 1.0
+    if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
+        share = each.to(tl.float32)
+    elif AGGREGATION == LENGTH_WEIGHTED:
+        share = length.to(tl.float32)
 
-    through_mean = 0.0  # d loss / d logprob of each valid token by way of the mean
-    if (LEVEL == SEQUENCE_LEVEL) and (RULE != CISPO):
+    through_score = 0.0  # d loss / d logprob of each token by way of the score
+    if spreads:
         through = zeros
         for start in range(begin, end, BLOCK_T):
             t = start + block
-            valid, _, logprob, log_ratio, _ = _load_tokens(
-                t, end, logprobs_ptr, old_ptr, mask_ptr, ref_ptr
+            (valid, drop, logprob, old, advantage, weight, delta, entropy) = load_tokens(
+                t,
+                end,
+                sequence,
+                logprobs_ptr,
+                old_ptr,
+                advantages_ptr,
+                mask_ptr,
+                ref_ptr,
+                entropy_ptr,
+                weights_ptr,
+                TOKEN_ADVANTAGES,
             )
-            advantage, weight = _load_weights(
-                t, valid, sequence, advantages_ptr, weights_ptr, TOKEN_ADVANTAGES
+            value, flows, _, _ = level_term(
+                logprob - old, advantage, weight, rule_a, rule_b, log_ratio_limit, LEVEL, RULE
             )
-            ratio = tl.exp(tl.zeros_like(log_ratio) + mean)
-            _, d_log_ratio, _, _, _, _ = apply_rule(ratio, advantage, logprob, low, high, cap, RULE)
-            through += _weighted(weight, d_log_ratio).to(tl.float64)
-        through_mean = tl.sum(through, 0).to(tl.float32) * per_token
+            score, score_flows = score_of(value, flows, sequence_score, score_min, score_max, LEVEL)
+            _, d_score, _, _, _, _, _ = token_terms(
+                score,
+                score_flows,
+                advantage,
+                logprob,
+                old,
+                weight,
+                delta,
+                entropy,
+                rule_a,
+                rule_b,
+                rule_c,
+                rule_d,
+                kl_coef,
+                kl_input_limit,
+                kl_limit,
+                entropy_coef,
+                LEVEL,
+                RULE,
+                KL,
+                KL_GRADIENT,
+            )
+            through += tl.where(valid, d_score, 0.0).to(tl.float64)
+        flow = tl.sum(through, 0)
+        if LEVEL != SEQUENCE_SUM:
+            flow = flow * each
+        through_score = flow.to(tl.float32)
 
     # a thread sums some T / 256 tokens: float32 will do, except for the loss, whose terms cancel
     none = tl.zeros([BLOCK_T], tl.float32)
@@ -158,52 +188,71 @@ def _policy_loss_fwd_kernel(
     highest = tl.full([BLOCK_T], -INF, tl.float32)
     for start in range(begin, end, BLOCK_T):
         t = start + block
-        valid, drop, logprob, log_ratio, delta = _load_tokens(
-            t, end, logprobs_ptr, old_ptr, mask_ptr, ref_ptr
+        (valid, drop, logprob, old, advantage, weight, delta, entropy) = load_tokens(
+            t,
+            end,
+            sequence,
+            logprobs_ptr,
+            old_ptr,
+            advantages_ptr,
+            mask_ptr,
+            ref_ptr,
+            entropy_ptr,
+            weights_ptr,
+            TOKEN_ADVANTAGES,
         )
-        advantage, weight = _load_weights(
-            t, valid, sequence, advantages_ptr, weights_ptr, TOKEN_ADVANTAGES
+        log_ratio = logprob - old
+        value, flows, low_clip, high_clip = level_term(
+            log_ratio, advantage, weight, rule_a, rule_b, log_ratio_limit, LEVEL, RULE
         )
-        token_ratio = tl.exp(log_ratio)
-        ratio = token_ratio
-        if LEVEL == SEQUENCE_LEVEL:
-            ratio = tl.exp(tl.zeros_like(log_ratio) + mean)
-        value, d_log_ratio, d_logprob, below, above, capped = apply_rule(
-            ratio, advantage, logprob, low, high, cap, RULE
+        score, score_flows = score_of(value, flows, sequence_score, score_min, score_max, LEVEL)
+        loss_t, d_score, grad, kl, below, above, capped = token_terms(
+            score,
+            score_flows,
+            advantage,
+            logprob,
+            old,
+            weight,
+            delta,
+            entropy,
+            rule_a,
+            rule_b,
+            rule_c,
+            rule_d,
+            kl_coef,
+            kl_input_limit,
+            kl_limit,
+            entropy_coef,
+            LEVEL,
+            RULE,
+            KL,
+            KL_GRADIENT,
         )
-        value = _weighted(weight, value)
-        grad = _weighted(weight, d_logprob)
-        if LEVEL == SEQUENCE_LEVEL:
-            grad += tl.where(valid, through_mean, 0.0)
+        if spreads:
+            grad += tl.where(flows, through_score, 0.0)
         else:
-            grad += _weighted(weight, d_log_ratio)
-        kl, d_kl = kl_estimate(delta, KL)
-        if KL != NO_KL:
-            value += tl.where(valid, kl_coef * kl, 0.0)
-            grad += tl.where(valid, kl_coef * d_kl, 0.0)
-        if entropy_ptr is not None:
-            entropy = tl.load(entropy_ptr + t, mask=valid, other=0.0)
-            value -= entropy_coef * entropy
-            entropies += entropy
-            d_entropy = tl.where(valid, 0.0 - entropy_coef * share, 0.0)
-            tl.store(grad_entropy_ptr + t, d_entropy, mask=t < end)
-        tl.store(grad_logprobs_ptr + t, grad * share, mask=t < end)
-
-        loss += value.to(tl.float64)
+            grad += d_score
+        loss += tl.where(valid, loss_t, 0.0).to(tl.float64)
         tokens += valid.to(tl.float32)
         dropped += drop.to(tl.float32)
-        low_clips += (valid & below).to(tl.float32)
-        high_clips += (valid & above).to(tl.float32)
+        low_clips += (valid & (below | low_clip)).to(tl.float32)
+        high_clips += (valid & (above | high_clip)).to(tl.float32)
         cap_clips += (valid & capped).to(tl.float32)
         approx_kl -= log_ratio
-        approx_kl_k3 += exp_residual(log_ratio, token_ratio)
-        kl_ref += kl
+        approx_kl_k3 += exp_residual(log_ratio, tl.exp(log_ratio))
+        kl_ref += tl.where(valid, kl, 0.0)
+        ratio = tl.exp(score)
         shown = tl.where(valid, ratio, 0.0)
         ratios += shown
         ratios_squared += shown * shown
+        entropies += entropy
         weights += weight
         lowest = tl.minimum(lowest, tl.where(valid, ratio, INF))
         highest = tl.maximum(highest, tl.where(valid, ratio, -INF))
+        tl.store(grad_logprobs_ptr + t, tl.where(valid, grad * share, 0.0), mask=t < end)
+        if entropy_ptr is not None:
+            d_entropy = tl.where(valid, 0.0 - entropy_coef * share, 0.0)
+            tl.store(grad_entropy_ptr + t, d_entropy, mask=t < end)
 
     # [BLOCK_T, 16] in the order of the metrics, so that threads are joined once for all of them
     some = tokens  # of each sequence, 1 if it has tokens
@@ -248,10 +297,7 @@ def _policy_loss_total_kernel(
         sums += row
         maxima = tl.maximum(maxima, tl.where(present, row, -INF))
     summed = tl.sum(sums, 0)  # [16]
-    # maxima drop NaN; the sum of the ratios, none negative, is NaN exactly if one of them is
-    ratio = tl.sum(tl.where(metric == RATIO, summed, 0.0), 0)
-    highest = tl.where(ratio == ratio, tl.max(maxima, 0), float("nan"))
-    tl.store(metrics_ptr + metric, tl.where(is_sum, summed, highest))
+    tl.store(metrics_ptr + metric, tl.where(is_sum, summed, tl.max(maxima, 0)))
 
     tokens = tl.sum(tl.where(metric == TOKENS, summed, 0.0), 0)
     loss = tl.sum(tl.where(metric == LOSS, summed, 0.0), 0)
@@ -279,17 +325,11 @@ def policy_loss(
     weights: Tensor | None,
     normalizer: float,
     device_normalizer: Tensor | None,
-    level: int,
-    rule: int,
-    kl: int,
-    aggregation: int,
-    low: float,
-    high: float,
-    cap: float,
-    kl_coef: float,
-    entropy_coef: float,
+    choices: list[int],
+    constants: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     total, sequences = logprobs.shape[0], offsets.shape[0] - 1
+    level, rule, kl, kl_gradient, aggregation = choices
     loss, scale = logprobs.new_empty(()), logprobs.new_empty(())
     metrics = logprobs.new_empty(METRICS, dtype=torch.float64)
     rows = logprobs.new_empty(sequences, METRICS, dtype=torch.float64)
@@ -310,15 +350,12 @@ def policy_loss(
                 None if entropy is None else grad_entropy,
                 rows,
                 total,
-                low,
-                high,
-                cap,
-                kl_coef,
-                entropy_coef,
+                *constants,
                 TOKEN_ADVANTAGES=token_advantages,
                 LEVEL=level,
                 RULE=rule,
                 KL=kl,
+                KL_GRADIENT=kl_gradient,
                 AGGREGATION=aggregation,
                 BLOCK_T=BLOCK_T,
                 num_warps=WARPS,

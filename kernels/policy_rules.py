@@ -1,63 +1,99 @@
-"""The clipped objectives and the KL estimators on tiles of tokens: csrc/math/policy_rules.h in
-Triton, with the same codes, branches and order of operations.
+"""The rules of policy_loss on tiles of tokens: csrc/math/policy_rules.h in Triton, with the same
+codes, branches and order of operations.
 """
 
 import triton
 import triton.language as tl
 
 # the integers that pyllmtune/losses/config.py sends
-SEQUENCE_LEVEL = tl.constexpr(1)
-CISPO = tl.constexpr(1)
-NO_KL, K1, K2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN = tl.constexpr(0), tl.constexpr(1)
+PPO, CISPO, UNCLIPPED, CLIP, SAPO, VESPO, DPPO_TV, DPPO_KL, PRIME, DRO, REINFORCE, TOPR = (
+    tl.constexpr(rule) for rule in range(12)
+)
 
 
 @triton.jit
-def exp_residual(x, exp_x):
-    """e^x - 1 - x; by its series below one half, where the plain expression loses every digit."""
-    series = x * (1.0 / 362880) + 1.0 / 40320
-    series = series * x + 1.0 / 5040
-    series = series * x + 1.0 / 720
-    series = series * x + 1.0 / 120
-    series = series * x + 1.0 / 24
-    series = series * x + 1.0 / 6
-    series = series * x + 0.5
-    return tl.where((x < 0.5) & (x > -0.5), series * x * x, exp_x - 1.0 - x)
+def product(a, b):
+    """a b, and 0 where one of them is 0: 0 silences an infinite ratio."""
+    return tl.where((a == 0.0) | (b == 0.0), 0.0, a * b)
 
 
 @triton.jit
-def apply_rule(ratio, advantage, logprob, low, high, cap, RULE: tl.constexpr):
-    """Loss, d loss / d log-ratio, d loss / d logprob; which bound was active: low, high, cap."""
-    if RULE == CISPO:
-        below = ratio < low
-        above = ratio > high
-        capped = ratio < ratio  # never
-        d_log_ratio = tl.zeros_like(ratio)
-        d_logprob = 0.0 - tl.where(below, low, tl.where(above, high, ratio)) * advantage
-        # a token of probability 0 with advantage 0 is no loss, not 0 * inf
-        value = tl.where(advantage == 0.0, 0.0, d_logprob * logprob)
-    else:
+def clamp_to(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def _vespo_weight(score, ratio, advantage, k, rate, k_negative, rate_negative):
+    """The ratio of a sequence reshaped as w^k e^(rate (1 - w)), 1 at w = 1."""
+    k = tl.where(advantage < 0.0, k_negative, k)
+    rate = tl.where(advantage < 0.0, rate_negative, rate)
+    return tl.exp(rate + k * score - rate * ratio)
+
+
+@triton.jit
+def _probability_moved(logprob, old_logprob, DIVERGENCE: tl.constexpr):
+    """How far the probability of the token has moved, signed: total variation or Bernoulli KL."""
+    p, p_old = tl.exp(logprob), tl.exp(old_logprob)
+    moved = p - p_old
+    if DIVERGENCE:
+        rest, rest_old = tl.maximum(1.0 - p, 0.0), tl.maximum(1.0 - p_old, 0.0)
+        other = rest_old * tl.log((rest_old + 1e-8) / (rest + 1e-8))
+        kl = p_old * (old_logprob - logprob) + other
+        moved = tl.where(moved < 0.0, -kl, tl.where(moved > 0.0, kl, 0.0))
+    return moved
+
+
+@triton.jit
+def apply_rule(score, ratio, advantage, logprob, old_logprob, a, b, c, d, RULE: tl.constexpr):
+    """Loss, d loss / d score, d loss / d logprob; which bound was active: low, high, cap."""
+    never = ratio < ratio
+    positive = advantage > 0.0
+    below, above, capped = never, never, never
+    through_ratio: tl.constexpr = (
+        (RULE == PPO) | (RULE == CLIP) | (RULE == UNCLIPPED) | (RULE == PRIME)
+    )
+    factor = ratio  # of -A, or of -A logprob
+    if RULE == PPO:
         negative = advantage < 0.0
-        below = negative & (ratio < low)
-        above = (advantage >= 0.0) & (ratio > high)
-        capped = negative & (ratio > cap)
-        effective = tl.where(below, low, tl.where(above, high, tl.where(capped, cap, ratio)))
-        value = 0.0 - effective * advantage
-        d_log_ratio = tl.where(below | above | capped, 0.0, value)
+        below = negative & (ratio < a)
+        above = (advantage >= 0.0) & (ratio > b)
+        capped = negative & (ratio > c)
+        factor = tl.where(below, a, tl.where(above, b, tl.where(capped, c, ratio)))
+    elif (RULE == CLIP) | (RULE == CISPO):
+        below, above = ratio < a, ratio > b
+        factor = clamp_to(ratio, a, b)
+    elif RULE == TOPR:
+        below, above = (ratio < a) & ~positive, (ratio > b) & ~positive
+        factor = tl.where(positive, 1.0, clamp_to(ratio, a, b))
+    elif RULE == REINFORCE:
+        factor = tl.full(ratio.shape, 1.0, tl.float32)
+    elif RULE == VESPO:
+        factor = _vespo_weight(score, ratio, advantage, a, b, c, d)
+    elif (RULE == DPPO_TV) | (RULE == DPPO_KL) | (RULE == PRIME):
+        moved = _probability_moved(logprob, old_logprob, RULE == DPPO_KL)
+        below, above = (moved < a) & ~positive, (moved > b) & positive
+        if RULE != PRIME:
+            capped = ratio > c
+            factor = tl.where(capped, c, ratio)
+        factor = tl.where(below | above, 0.0, factor)
+
+    if through_ratio:
+        value = 0.0 - product(factor, advantage)
+        d_score = tl.where(below | above | capped, 0.0, value)
         d_logprob = tl.zeros_like(ratio)
-    return value, d_log_ratio, d_logprob, below, above, capped
-
-
-@triton.jit
-def kl_estimate(delta, KL: tl.constexpr):
-    """Value and d value / d logprob, with delta = ref - logprob; k3 also where no term is asked."""
-    if KL == K1:
-        value = -delta
-        d_logprob = tl.full(delta.shape, 1.0, tl.float32)
-    elif KL == K2:
-        value = 0.5 * delta * delta
-        d_logprob = -delta
+    elif RULE == SAPO:
+        tau = tl.where(positive, a, b)
+        e = tl.exp(tau * (1.0 - ratio))
+        gate, closed = 1.0 / (1.0 + e), e / (1.0 + e)
+        value = 0.0 - product(4.0 * gate / tau, advantage)
+        d_score = 0.0 - product(product(4.0 * gate * closed, ratio), advantage)
+        d_logprob = tl.zeros_like(ratio)
+    elif RULE == DRO:
+        d_score = a * score
+        value = 0.5 * d_score * score - advantage * logprob
+        d_logprob = 0.0 - advantage
     else:
-        value = exp_residual(delta, tl.exp(delta))
-        d_logprob = -(value + delta)
-    return value, d_logprob
+        d_logprob = 0.0 - product(factor, advantage)
+        value = product(d_logprob, logprob)
+        d_score = tl.zeros_like(ratio)
+    return value, d_score, d_logprob, below, above, capped

@@ -106,13 +106,12 @@ SCHEMAS = {
     " int num_candidates, int num_groups, float diversity_penalty)"
     " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor is_eos, Tensor valid)",
     # per-token tensors are flat [total], sequence i is offsets[i]:offsets[i + 1]; advantages are
-    # [total] or [sequences]; normalizer 0 means: count tokens or sequences; the gradients returned
-    # are still to be multiplied by `scale`
+    # [total] or [sequences]; normalizer 0 means: count tokens or sequences; choices and constants
+    # are those of PolicyLossConfig; the gradients returned are still to be multiplied by `scale`
     "policy_loss": "(Tensor logprobs, Tensor old_logprobs,"
     " Tensor advantages, bool token_advantages, Tensor offsets, Tensor? mask,"
     " Tensor? ref_logprobs, Tensor? entropy, Tensor? weights,"
-    " float normalizer, Tensor? device_normalizer, int level, int rule, int kl, int aggregation,"
-    " float low, float high, float cap, float kl_coef, float entropy_coef)"
+    " float normalizer, Tensor? device_normalizer, int[] choices, float[] constants)"
     " -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, Tensor grad_entropy, Tensor scale)",
     # per-token tensors as above; bootstrap, sequence_gamma and sequence_lam [sequences]
     "gae": "(Tensor rewards, Tensor values, Tensor offsets, Tensor? mask, Tensor? terminated,"

@@ -51,10 +51,16 @@ def test_bad_input_is_refused_by_name(message, backend):
 
 
 BAD_CONFIGS = {
-    "level must be one of token, sequence, got 'word'": {"level": "word"},
+    "level must be one of token, sequence, .*, got 'word'": {"level": "word"},
+    "rule must be one of ppo, .*, got 'tppo'": {"rule": "tppo"},
     "eps_low must be in \\[0, 1\\], got 1.5": {"eps_low": 1.5},
-    "eps_high must be at least 0 and finite, got inf": {"eps_high": math.inf},
-    "cap must be greater than 1 \\+ eps_high = 1.2, got 1.1": {"cap": 1.1},
+    "eps_high must be at least 0, got nan": {"eps_high": math.nan},
+    "cap must be greater than 1.2, got 1.1": {"cap": 1.1},
+    "level='geometric' clips log-ratios itself, got rule='ppo'": {"level": "geometric"},
+    "sapo_tau must be two numbers in \\(0, 80\\]": {"sapo_tau": (0.0, 1.0)},
+    "vespo_gamma must be four finite numbers": {"vespo_gamma": (1.0, math.inf, 1.0, 1.0)},
+    "log_ratio_limit must be positive, got 0.0; infinity means none": {"log_ratio_limit": 0.0},
+    "score_limits must be \\(lower, upper\\)": {"score_limits": (1.0, 1.0)},
     "cap belongs to rule='ppo'": {"cap": 3.0, "rule": "cispo"},
     "kl_coef=0.1 needs an estimator": {"kl_coef": 0.1},
     "entropy_coef must be finite": {"entropy_coef": math.nan},

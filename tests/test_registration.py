@@ -56,7 +56,10 @@ def policy_args(dtype: torch.dtype, grad: bool) -> list[tuple]:
 
     offsets, leaf = torch.tensor([0, 2, 6]), values().requires_grad_(grad)
     mask = torch.rand(6) > 0.2
-    numbers = (0.8, 1.2, 3.0, 0.1, 0.01)
+    everything = PolicyLossConfig(
+        level="sequence", cap=3.0, kl="k3", kl_coef=0.1, entropy_coef=0.01
+    )
+    plain = PolicyLossConfig(rule="cispo")
     bonus = values().requires_grad_(grad)
     return [
         (
@@ -71,11 +74,8 @@ def policy_args(dtype: torch.dtype, grad: bool) -> list[tuple]:
             values(),
             0.0,
             None,
-            1,
-            0,
-            3,
-            1,
-            *numbers,
+            everything.choices,
+            everything.constants,
         ),
         (
             leaf,
@@ -89,11 +89,8 @@ def policy_args(dtype: torch.dtype, grad: bool) -> list[tuple]:
             None,
             4.0,
             None,
-            0,
-            1,
-            0,
-            0,
-            *numbers,
+            plain.choices,
+            plain.constants,
         ),
     ]
 
@@ -206,15 +203,21 @@ def test_gradcheck_token_logprobs(backend, masked):
     assert torch.autograd.gradcheck(scores, logits)
 
 
+# finite differences see all of a loss: of rules without constants of the update, or with them at 1
+DIFFERENTIABLE = ("ppo", "unclipped", "clip", "sapo", "prime", "dro", "reinforce", "cispo")
+
+
 @pytest.mark.parametrize("backend", ("reference", "cpp"))
-@pytest.mark.parametrize("level", ("token", "sequence"))
-@pytest.mark.parametrize("rule", ("ppo", "cispo"))
-@pytest.mark.parametrize("kl", ("none", "k1", "k2", "k3"))
-@pytest.mark.parametrize("masked", ("none", "random", "empty"))
+@pytest.mark.parametrize("level", ("token", "sequence", "sequence-sum", "geometric"))
+@pytest.mark.parametrize("rule", DIFFERENTIABLE)
+@pytest.mark.parametrize("kl", ("none", "k1", "k2", "k3", "abs"))
+@pytest.mark.parametrize("masked", ("none", "random", "empty", "one token"))
 def test_gradcheck_policy_loss(backend, level, rule, kl, masked):
-    """Float64 finite differences of every rule, in log-probs and entropy. CISPO's weight is held
-    constant.
+    """Float64 finite differences in log-probs and entropy, the KL term plain and importance
+    corrected.
     """
+    if level == "geometric" and rule != "unclipped":
+        return
     old, ref, entropy = (-torch.rand(3, 7, dtype=torch.float64) for _ in range(3))
     logprobs = (old + 0.4 * torch.randn(3, 7, dtype=torch.float64)).requires_grad_()
     entropy = (-entropy).requires_grad_()
@@ -223,14 +226,15 @@ def test_gradcheck_policy_loss(backend, level, rule, kl, masked):
         "none": None,
         "random": torch.rand(3, 7) > 0.3,
         "empty": torch.zeros(3, 7, dtype=torch.bool),
+        "one token": torch.arange(7).expand(3, 7) == 4,
     }[masked]
-    bound = (
-        {"eps_low": 0.0, "eps_high": 0.0} if rule == "cispo" else {"cap": 2.0}
-    )  # at width 0 the weight is 1
+    bound = {"ppo": {"cap": 2.0}, "cispo": {"eps_low": 0.0, "eps_high": 0.0}}.get(rule, {})
     config = PolicyLossConfig(
         level=level,
         rule=rule,
+        dro_beta=0.3,
         kl=kl,
+        kl_gradient="plain" if masked == "random" else "ratio",
         kl_coef=0.3 if kl != "none" else 0.0,
         entropy_coef=0.1,
         aggregation="seq-mean-token-mean",

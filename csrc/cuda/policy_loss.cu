@@ -1,4 +1,6 @@
 // policy_loss: checks, launch and registration of the kernels in policy_loss.cuh.
+#include <vector>
+
 #include "policy_loss.cuh"
 #include "types.h"
 
@@ -10,12 +12,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     bool token_advantages, const Tensor& offsets, std::optional<Tensor> mask,
     std::optional<Tensor> ref_logprobs, std::optional<Tensor> entropy,
     std::optional<Tensor> weights, double normalizer, std::optional<Tensor> device_normalizer,
-    int64_t level, int64_t rule, int64_t kl, int64_t aggregation, double low, double high,
-    double cap, double kl_coef, double entropy_coef) {
+    std::vector<int64_t> choices, std::vector<double> constants) {
   const OnDevice device(logprobs);
   const int64_t total = logprobs.numel(), sequences = offsets.numel() - 1;
   STD_TORCH_CHECK(sequences >= 0 && sequences <= INT32_MAX, "offsets must be [sequences + 1]");
-  STD_TORCH_CHECK(kl == kNoKl || ref_logprobs, "a KL term needs ref_logprobs");
+  STD_TORCH_CHECK(choices.size() == kPolicyChoices && constants.size() == kPolicyConstants,
+                  "choices and constants must be those of a PolicyLossConfig");
+  const PolicyConfig config{policy_choices(choices), policy_constants<float>(constants)};
+  STD_TORCH_CHECK(config.choose.kl == kNoKl || ref_logprobs, "a KL term needs ref_logprobs");
   const auto floats = [&](const std::optional<Tensor>& x, int64_t numel, const char* name) {
     return device.flat<const float>(x, numel, ScalarType::Float, name);
   };
@@ -30,10 +34,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
       floats(ref_logprobs, total, "ref_logprobs"),
       floats(entropy, total, "entropy"),
       floats(weights, total, "weights")};
-  const PolicyConfig config{
-      static_cast<int>(level),       static_cast<int>(rule),      static_cast<int>(kl),
-      static_cast<int>(aggregation), static_cast<float>(low),     static_cast<float>(high),
-      static_cast<float>(cap),       static_cast<float>(kl_coef), static_cast<float>(entropy_coef)};
 
   Tensor loss = torch::stable::new_empty(logprobs, {}, ScalarType::Float);
   Tensor scale = torch::stable::new_empty(logprobs, {}, ScalarType::Float);

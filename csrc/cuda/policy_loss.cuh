@@ -5,14 +5,14 @@
 //   -> loss and scale (0-d), metrics [16], grad_logprobs and grad_entropy [total]: times `scale`
 //   l_t = weight_t rule(ratio_t, A_t) + kl_coef kl(ref_t - lp_t) - entropy_coef H_t
 //
-//   Reads 12 to 25 bytes a token and writes 4 or 8. What the whole sequence decides (its mean
-//   log-ratio, its length, the gradient through that mean) takes another sweep, then in cache.
+//   Reads 12 to 25 bytes a token and writes 4 or 8. What the whole sequence decides (its score, its
+//   length, the gradient through the score) takes another sweep, then in cache.
 //   One block a sequence, then one block over the sequences; threads are joined in double, in one
 //   fixed order, without atomics: the bits depend neither on timing nor on other sequences.
 //   Limits: one block reads a whole sequence, so one of a million tokens is latency-bound.
 #pragma once
 
-#include "../math/policy_rules.h"
+#include "../math/policy_terms.h"
 #include "block.cuh"
 
 namespace pyllmtune {
@@ -43,15 +43,14 @@ enum Metric : int {
 constexpr int kMetricSums = kNegativeRatioMin;  // those from here on are maxima
 
 struct PolicyConfig {
-  int level, rule, kl, aggregation;
-  float low, high, cap, kl_coef, entropy_coef;
-
-  __device__ bool averages_sequences() const { return aggregation == kSeqMeanTokenMean; }
+  PolicyChoices choose;
+  PolicyConstants<float> constants;
 };
 
 struct PolicyToken {
   bool selected, valid;
-  float logprob, log_ratio, delta, advantage, weight, entropy;  // delta = ref - logprob
+  float logprob, old_logprob, log_ratio, delta, advantage, weight,
+      entropy;  // delta = ref - logprob
 };
 
 struct PolicyTokens {
@@ -62,20 +61,19 @@ struct PolicyTokens {
   const bool* mask;  // or null, as are the next three
   const float *ref_logprobs, *entropy, *weights;
 
-  // Everything is loaded before anything is decided, so that the loads overlap.
+  // Everything is loaded before anything is decided, so that the loads overlap. A token with
+  // anything that is not finite is dropped.
   __device__ PolicyToken load(int64_t t, int64_t sequence) const {
     const float logprob = logprobs[t], old = old_logprobs[t];
+    const float advantage = advantages[token_advantages ? t : sequence];
     const float ref = ref_logprobs == nullptr ? logprob : ref_logprobs[t];
+    const float weight = weights == nullptr ? 1.0f : weights[t];
+    const float bonus = entropy == nullptr ? 0.0f : entropy[t];
     const bool selected = mask == nullptr ? true : mask[t];
-    const bool finite = is_finite(old) && (ref_logprobs == nullptr || is_finite(ref));
-    return {selected,
-            selected && finite,
-            logprob,
-            logprob - old,
-            ref_logprobs == nullptr ? 0.0f : ref - logprob,
-            advantages[token_advantages ? t : sequence],
-            weights == nullptr ? 1.0f : weights[t],
-            entropy == nullptr ? 0.0f : entropy[t]};
+    const bool finite = is_finite(logprob) && is_finite(old) && is_finite(advantage) &&
+                        is_finite(ref) && is_finite(weight) && is_finite(bonus);
+    return {selected,      selected && finite, logprob, old,  logprob - old,
+            ref - logprob, advantage,          weight,  bonus};
   }
 };
 
@@ -83,15 +81,9 @@ struct PolicyGradients {
   float *logprobs, *entropy;  // entropy is null where the input is
 };
 
-// The larger of two, NaN if either is.
-template <class F>
-__device__ inline F max_or_nan(F a, F b) {
-  return a > b || a != a ? a : b;
-}
-
 __device__ inline double empty_metric(int metric) { return metric < kMetricSums ? 0.0 : -INFINITY; }
 __device__ inline double join_metric(int metric, double a, double b) {
-  return metric < kMetricSums ? a + b : max_or_nan(a, b);
+  return metric < kMetricSums ? a + b : max_of(a, b);
 }
 
 // What one thread has seen. It sums some T / 256 tokens: float will do, except for the loss, whose
@@ -118,65 +110,67 @@ __device__ inline double join_rows(const double* rows, int64_t count, int pitch)
   return joined;
 }
 
-struct LogRatioSum {
-  double tokens, log_ratio;
+struct SequenceStats {
+  double tokens, score;  // valid tokens, sum of what they give to the score
 };
 
-// Number of valid tokens and sum of their log-ratios.
-__device__ inline LogRatioSum log_ratio_sum(const PolicyTokens& in, int64_t sequence, int64_t begin,
-                                            int64_t end) {
-  LogRatioSum mine{0.0, 0.0};
+__device__ inline LevelTerm<float> level_of(const PolicyConfig& config, const PolicyToken& token) {
+  return level_term(config.choose, config.constants, token.log_ratio, token.advantage,
+                    token.weight);
+}
+
+__device__ inline SequenceStats sequence_stats(const PolicyTokens& in, const PolicyConfig& config,
+                                               int64_t sequence, int64_t begin, int64_t end) {
+  SequenceStats mine{0.0, 0.0};
   for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
     const PolicyToken token = in.load(t, sequence);
     if (!token.valid) continue;
     mine.tokens += 1.0;
-    mine.log_ratio += token.log_ratio;
+    mine.score += level_of(config, token).value;
   }
-  return block_broadcast(block_reduce(mine, LogRatioSum{0.0, 0.0}, [](const LogRatioSum& part) {
-    return warp_join(part, [](const LogRatioSum& a, const LogRatioSum& b) {
-      return LogRatioSum{a.tokens + b.tokens, a.log_ratio + b.log_ratio};
+  return block_broadcast(block_reduce(mine, SequenceStats{0.0, 0.0}, [](const SequenceStats& part) {
+    return warp_join(part, [](const SequenceStats& a, const SequenceStats& b) {
+      return SequenceStats{a.tokens + b.tokens, a.score + b.score};
     });
   }));
 }
 
 struct TokenGradient {
-  float logprob, through_ratio;  // d loss / d logprob at a fixed ratio, d loss / d log-ratio
+  float logprob, score;  // d loss / d logprob at a fixed score, d loss / d score
 };
 
 // Loss of one valid token: adds to `row`, returns its gradient.
 __device__ inline TokenGradient token_loss(const PolicyToken& token, const PolicyConfig& config,
-                                           float score, ThreadMetrics& row) {
+                                           float sequence_score, bool has_reference,
+                                           ThreadMetrics& row) {
+  const PolicyChoices& choose = config.choose;
+  const LevelTerm<float> level = level_of(config, token);
+  const float raw = choose.by_sequence() ? sequence_score : level.value;
+  const float score = clamp_to(raw, config.constants.score_min, config.constants.score_max);
   const float ratio = exp_of(score);
-  const RuleResult<float> rule = apply_rule(config.rule, ratio, token.advantage, token.logprob,
-                                            config.low, config.high, config.cap);
-  const bool on = token.weight != 0.0f;  // selected, not multiplied: 0 * inf is no loss
-  float value = on ? token.weight * rule.value : 0.0f;
-  TokenGradient grad{on ? token.weight * rule.d_logprob : 0.0f,
-                     on ? token.weight * rule.d_log_ratio : 0.0f};
-  const KlResult<float> kl = kl_estimate(config.kl, token.delta);  // without a term, k3 is measured
-  if (config.kl != kNoKl) {
-    value += config.kl_coef * kl.value;
-    grad.logprob += config.kl_coef * kl.d_logprob;
-  }
-  value -= config.entropy_coef * token.entropy;
-
-  row.loss += value;
+  const bool flows = score == raw && (choose.by_sequence() || level.flows);
+  const TokenTerms<float> terms =
+      token_terms(choose, config.constants,
+                  TokenInput<float>{score, ratio, token.advantage, token.logprob, token.old_logprob,
+                                    token.weight, token.delta, token.entropy, flows},
+                  has_reference);
+  row.loss += terms.value;
   row.at[kTokens] += 1.0f;
   row.at[kSequences] += 1.0f;  // tokens for now; whether there are any is asked at the end
-  row.at[kClippedLow] += rule.below;
-  row.at[kClippedHigh] += rule.above;
-  row.at[kClippedCap] += rule.capped;
+  row.at[kClippedLow] += terms.below || level.below;
+  row.at[kClippedHigh] += terms.above || level.above;
+  row.at[kClippedCap] += terms.capped;
   row.at[kApproxKl] -= token.log_ratio;
   row.at[kApproxKlK3] +=
-      exp_residual(token.log_ratio, config.level == kTokenLevel ? ratio : exp_of(token.log_ratio));
-  row.at[kKlRef] += kl.value;
+      exp_residual(token.log_ratio, score == token.log_ratio ? ratio : exp_of(token.log_ratio));
+  row.at[kKlRef] += terms.kl;
   row.at[kRatio] += ratio;
   row.at[kRatioSquared] += ratio * ratio;
   row.at[kEntropy] += token.entropy;
   row.at[kWeight] += token.weight;
-  row.at[kNegativeRatioMin] = max_or_nan(-ratio, row.at[kNegativeRatioMin]);
-  row.at[kRatioMax] = max_or_nan(ratio, row.at[kRatioMax]);
-  return grad;
+  row.at[kNegativeRatioMin] = max_of(-ratio, row.at[kNegativeRatioMin]);
+  row.at[kRatioMax] = max_of(ratio, row.at[kRatioMax]);
+  return {terms.d_logprob, terms.d_score};
 }
 
 // Block i: the gradients of sequence i, and its row of metrics.
@@ -187,43 +181,47 @@ __global__ void __launch_bounds__(kPolicyThreads)
   // clamped: offsets on a GPU are not checked, and must not lead outside the tokens
   const int64_t begin = min(max(in.offsets[sequence], int64_t(0)), in.total);
   const int64_t end = min(in.offsets[sequence + 1], in.total);
-  const bool sequence_level = config.level == kSequenceLevel;
+  const PolicyChoices choose = config.choose;
+  const bool spreads = choose.spreads(), has_reference = in.ref_logprobs != nullptr;
 
-  float per_token = 1.0f, sequence_score = 0.0f;  // 1 / n, mean log-ratio
-  if (sequence_level || config.averages_sequences()) {
-    const LogRatioSum sum = log_ratio_sum(in, sequence, begin, end);
-    const double n = sum.tokens > 1.0 ? sum.tokens : 1.0;
-    per_token = static_cast<float>(1.0 / n);
-    sequence_score = static_cast<float>(sum.log_ratio / n);
+  double length = 1.0;  // valid tokens, at least 1
+  float sequence_score = 0.0f;
+  if (choose.needs_count()) {
+    const SequenceStats stats = sequence_stats(in, config, sequence, begin, end);
+    length = stats.tokens > 1.0 ? stats.tokens : 1.0;
+    sequence_score = static_cast<float>(choose.sums() ? stats.score : stats.score / length);
   }
-  const float share = config.averages_sequences() ? per_token : 1.0f;
+  const float share = choose.aggregation == kSeqMeanTokenMean ? static_cast<float>(1.0 / length)
+                      : choose.aggregation == kLengthWeighted ? static_cast<float>(length)
+                                                              : 1.0f;
 
   ThreadMetrics mine;
   mine.loss = 0.0;
 #pragma unroll
   for (int m = 0; m < kMetrics; ++m) mine.at[m] = static_cast<float>(empty_metric(m));
-  double through_ratio = 0.0;
+  double through_score = 0.0;
   for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
     const PolicyToken token = in.load(t, sequence);
     TokenGradient grad{0.0f, 0.0f};
     if (token.valid)
-      grad = token_loss(token, config, sequence_level ? sequence_score : token.log_ratio, mine);
+      grad = token_loss(token, config, sequence_score, has_reference, mine);
     else if (token.selected)
       mine.at[kDropped] += 1.0f;
-    if (sequence_level) through_ratio += grad.through_ratio;
-    grads.logprobs[t] = share * (sequence_level ? grad.logprob : grad.logprob + grad.through_ratio);
+    if (spreads) through_score += grad.score;
+    grads.logprobs[t] = share * (spreads ? grad.logprob : grad.logprob + grad.score);
     if (grads.entropy != nullptr)
-      grads.entropy[t] = token.valid ? -config.entropy_coef * share : 0.0f;
+      grads.entropy[t] = token.valid ? -config.constants.entropy_coef * share : 0.0f;
   }
 
-  if (sequence_level) {
-    // d score / d lp_t = 1 / n for every valid token
-    const double flow = block_broadcast(block_reduce(through_ratio, 0.0, [](double part) {
+  if (spreads) {  // the score hands its gradient to every token that flows into it
+    const double flow = block_broadcast(block_reduce(through_score, 0.0, [](double part) {
       return warp_join(part, [](double a, double b) { return a + b; });
     }));
-    const float each = static_cast<float>(flow) * per_token * share;
-    for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x)
-      if (in.load(t, sequence).valid) grads.logprobs[t] += each;
+    const float each = static_cast<float>((choose.sums() ? flow : flow / length) * share);
+    for (int64_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
+      const PolicyToken token = in.load(t, sequence);
+      if (token.valid && level_of(config, token).flows) grads.logprobs[t] += each;
+    }
   }
 
   // 17, not 16: threads that write one metric of their rows meet different banks
@@ -269,7 +267,7 @@ inline void launch_policy_loss(const PolicyTokens& in, const PolicyConfig& confi
     PLT_LAUNCH(policy_loss_kernel, dim3(static_cast<unsigned>(sequences)), dim3(kPolicyThreads), 0,
                stream, in, config, grads, rows);
   PLT_LAUNCH(policy_loss_total_kernel, dim3(1), dim3(kTotalThreads), 0, stream, rows, sequences,
-             config.aggregation, normalizer, device_normalizer, loss, metrics, scale);
+             config.choose.aggregation, normalizer, device_normalizer, loss, metrics, scale);
 }
 
 }  // namespace pyllmtune

@@ -11,7 +11,7 @@ from torch import Tensor
 SUMS = (
     "tokens",  # valid tokens
     "sequences",  # sequences with a valid token
-    "dropped",  # unmasked tokens whose old or reference log-prob was not finite
+    "dropped",  # unmasked tokens with an input that was not finite
     "loss",  # the loss before the division by the normalizer
     "clipped_low",
     "clipped_high",

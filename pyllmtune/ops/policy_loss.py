@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from pyllmtune import _backend, _checks, _ops
 from pyllmtune._backend import Backend
 from pyllmtune._sequences import sequence_offsets
-from pyllmtune.losses.config import PolicyLossConfig, code
+from pyllmtune.losses.config import PolicyLossConfig
 from pyllmtune.losses.metrics import SIZE, PolicyLossMetrics
 from pyllmtune.reference import policy_loss as reference
 
@@ -47,14 +47,13 @@ def policy_loss(
 
     Differentiable in ``logprobs`` and ``entropy``; everything else is a constant of the update. The
     gradient is formed in the same pass as the loss. Padding, packing and permuting sequences change
-    nothing.
+    nothing. A selected token with anything that is not finite, in whichever input, is dropped from
+    the loss and from every count, has gradient 0, and is counted in ``metrics``.
 
     Args:
         logprobs: log-probs of the sampled tokens under the policy, ``[B, T]`` or ``[total]``, any
             float dtype.
-        old_logprobs: the same under the policy that is the base of the ratio. A value that is not
-            finite at a selected token drops that token from the loss and from every count, and is
-            counted in ``metrics``.
+        old_logprobs: the same under the policy that is the base of the ratio.
         advantages: ``[B]``, one per sequence, or one per token.
         mask: true selects; of the shape of ``logprobs``. Masked tokens may hold anything.
         cu_seqlens: ``[B + 1]`` int, cumulative lengths starting at 0, for packed tensors.
@@ -63,11 +62,11 @@ def policy_loss(
         entropy: per token, for the bonus and the metrics.
         weights: detached per-token factors on the policy term (truncated importance sampling and
             the like), of the shape of ``logprobs`` or broadcasting to it. A weight of 0 switches
-            the policy term of a token off.
+            the policy term of a token off. The rule ``"vespo"`` makes them part of its ratio.
         normalizer: what the aggregated sum is divided by: a number, or a 0-d tensor on the device.
             None counts the valid tokens (``"token-mean"``) or the sequences that have one;
-            ``"constant"`` needs it. Micro-batches that share the normalizer of the large batch add
-            up to its loss and gradient.
+            ``"constant"`` and ``"length-weighted"`` need it. Micro-batches that share the
+            normalizer of the large batch add up to its loss and gradient.
         config: level, rule, KL, entropy bonus, aggregation.
         backend: ``"auto"`` takes the fastest present; a named one is used or refused, never
             replaced.
@@ -128,15 +127,8 @@ def policy_loss(
         optional("weights", weights),
         scalar,
         device_normalizer,
-        code("level", config.level),
-        code("rule", config.rule),
-        code("kl", config.kl),
-        code("aggregation", config.aggregation),
-        config.low,
-        config.high,
-        math.inf if config.cap is None else config.cap,
-        config.kl_coef,
-        config.entropy_coef,
+        config.choices,
+        config.constants,
     )[:2]
     return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
 
@@ -159,8 +151,10 @@ def _split_normalizer(
 ) -> tuple[float, Tensor | None]:
     """The divisor as (number, None) or (0.0, 0-d tensor); (0.0, None) means: count."""
     if normalizer is None:
-        if config.aggregation == "constant":
-            raise ValueError("aggregation='constant' needs normalizer=, the number to divide by")
+        if config.aggregation in ("constant", "length-weighted"):
+            raise ValueError(
+                f"aggregation={config.aggregation!r} needs normalizer=, the number to divide by"
+            )
         return 0.0, None
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:

@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from pyllmtune.losses.config import code
+from pyllmtune.losses.config import CONSTANTS, code
 from pyllmtune.losses.metrics import SUMS
+from pyllmtune.reference import policy_rules as rules
 
 
 def policy_loss(
@@ -28,15 +29,8 @@ def policy_loss(
     weights: Tensor | None,
     normalizer: float,
     device_normalizer: Tensor | None,
-    level: int,
-    rule: int,
-    kl: int,
-    aggregation: int,
-    low: float,
-    high: float,
-    cap: float,
-    kl_coef: float,
-    entropy_coef: float,
+    choices: list[int],
+    constants: list[float],
 ) -> tuple[Tensor, Tensor]:
     """``(loss, metrics)``: a 0-d tensor and the float64 vector of ``PolicyLossMetrics``."""
     total, sequences = logprobs.shape[0], offsets.shape[0] - 1
@@ -47,58 +41,49 @@ def policy_loss(
     def per_sequence(values: Tensor) -> Tensor:  # [total] -> [sequences]
         return values.new_zeros(sequences).index_add(0, owner, values)
 
-    selected = logprobs.new_ones(total, dtype=torch.bool) if mask is None else mask  # [total]
-    finite = old_logprobs.isfinite()
-    if ref_logprobs is not None:
-        finite = finite & ref_logprobs.isfinite()
+    def sequence_sum(values: Tensor) -> Tensor:  # [total] -> [total]
+        return per_sequence(values)[owner]
+
+    level, rule, kl, kl_gradient, aggregation = choices
+    named = dict(zip(CONSTANTS, constants, strict=True))
+    advantage = advantages if token_advantages else advantages[owner]  # [total]
+    given = [logprobs, old_logprobs, advantage, ref_logprobs, entropy, weights]
+    finite = torch.stack([value.isfinite() for value in given if value is not None]).all(0)
+    selected = torch.ones_like(finite) if mask is None else mask  # [total]
     valid = selected & finite  # [total]
 
     def keep(values: Tensor) -> Tensor:  # masks select: what is masked never enters the arithmetic
         return torch.where(valid, values, 0)
 
-    lp, old = keep(logprobs), keep(old_logprobs)  # [total]
-    advantage = keep(advantages if token_advantages else advantages[owner])  # [total]
+    lp, old, advantage = keep(logprobs), keep(old_logprobs), keep(advantage)  # [total]
     weight = keep(torch.ones_like(lp) if weights is None else weights)  # [total]
     count = per_sequence(valid.to(lp.dtype))  # [sequences]
-    per_token = 1.0 / count.clamp(min=1)  # [sequences]
+    filled = count > 0  # [sequences]
 
-    log_ratio = lp - old  # [total]
-    score = (
-        log_ratio
-        if level == code("level", "token")
-        else (per_sequence(log_ratio) * per_token)[owner]
-    )
-
-    # the rule; a clipped or silenced token leaves the graph before exp, so that an overflowed ratio
-    # has no gradient
-    ratio = score.detach().exp()  # [total]
-    if rule == code("rule", "ppo"):
-        negative = advantage < 0
-        below, above = negative & (ratio < low), ~negative & (ratio > high)
-        capped = negative & (ratio > cap)
-        clipped = below | above | capped
-        free = torch.where(clipped | (weight == 0), 0, score).exp()
-        bounded = free.masked_fill(below, low).masked_fill(above, high)
-        value = -bounded.masked_fill(capped, cap) * advantage  # [total]
-    else:
-        below, above = ratio < low, ratio > high
-        capped = torch.zeros_like(below)
-        value = -ratio.clamp(low, high) * torch.where(advantage == 0, 0, advantage * lp)  # [total]
-        value = torch.where(advantage == 0, 0, value)
-    value = torch.where(weight == 0, 0, weight * value)
+    score, below, above = rules.level_score(
+        level, rule, named, lp, old, advantage, weight, valid, sequence_sum
+    )  # [total]
+    factor = torch.ones_like(weight) if rule == code("rule", "vespo") else weight
+    silent = ~valid | (factor == 0)
+    if rule != code("rule", "dro"):
+        silent = silent | (advantage == 0)
+    policy = rules.apply_rule(rule, named, score, advantage, lp, old, silent)
+    value = torch.where(silent, 0, factor * policy.value)  # [total]
 
     delta = torch.zeros_like(lp) if ref_logprobs is None else keep(ref_logprobs) - lp  # [total]
-    estimates = (None, -delta, delta**2 / 2, torch.expm1(delta) - delta)
+    estimate = rules.kl_term(kl, kl_gradient, named, lp, delta, score)  # [total]
     if kl != code("kl", "none"):
-        value = value + kl_coef * estimates[kl]
+        value = value + named["kl_coef"] * estimate
     if entropy is not None:
-        value = value - entropy_coef * keep(entropy)
+        value = value - named["entropy_coef"] * keep(entropy)
     value = keep(value)
 
     sums = per_sequence(value)  # [sequences]
     if aggregation == code("aggregation", "seq-mean-token-mean"):
-        sums = sums * per_token
-    tokens, filled = count.sum(), (count > 0).sum().to(lp.dtype)
+        sums = sums / count.clamp(min=1)
+    elif aggregation == code("aggregation", "length-weighted"):
+        sums = sums * count
+    tokens, filled = count.sum(), filled.sum().to(lp.dtype)
     if device_normalizer is not None:
         divisor = device_normalizer.to(lp.dtype)
     elif normalizer != 0.0:
@@ -111,16 +96,16 @@ def policy_loss(
     loss = sums.sum() * scale
 
     with torch.no_grad():
-        shown_kl = estimates[kl if kl != code("kl", "none") else code("kl", "k3")]
+        log_ratio, ratio = lp - old, score.exp()  # [total]
         slots = {
             "tokens": valid,
             "dropped": selected & ~finite,
-            "clipped_low": below,
-            "clipped_high": above,
-            "clipped_cap": capped,
+            "clipped_low": policy.below | below,
+            "clipped_high": policy.above | above,
+            "clipped_cap": policy.capped,
             "approx_kl": -log_ratio,
             "approx_kl_k3": torch.expm1(log_ratio) - log_ratio,
-            "kl_ref": shown_kl,
+            "kl_ref": estimate,
             "ratio": ratio,
             "ratio_squared": ratio**2,
             "entropy": torch.zeros_like(lp) if entropy is None else entropy,

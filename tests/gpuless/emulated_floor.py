@@ -184,7 +184,8 @@ def policy_loss(
     weights: Tensor | None,
     normalizer: float,
     device_normalizer: Tensor | None,
-    *config: float,
+    choices: list[int],
+    constants: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     total, sequences = logprobs.shape[0], offsets.shape[0] - 1
     loss, scale = torch.empty(()), torch.empty(())
@@ -200,8 +201,8 @@ def policy_loss(
         *map(_flat, (offsets, mask, ref_logprobs, entropy, weights)),
         float(normalizer),
         device_normalizer,
-        *config[:4],  # level, rule, kl, aggregation
-        *map(float, config[4:]),
+        torch.tensor(choices),
+        torch.tensor(constants, dtype=torch.float64),
         loss,
         metrics,
         grad_logprobs,

@@ -151,8 +151,8 @@ def test_policy_loss_drops_what_is_not_finite():
 
 @pytest.mark.parametrize("level, sweeps", (("token", 1), ("sequence", 3)))
 def test_policy_loss_bytes(traffic, level, sweeps):
-    """Token level reads everything once; sequence level sweeps twice more, for the mean log-ratio
-    and for the gradient through it.
+    """Token level reads everything once; sequence level sweeps twice more, for the score and
+    for the gradient through it.
     """
     given = dict.fromkeys(cases.OPTIONAL, True)
     inputs = cases.policy_batch("none", "padded", given, per_token=True)
@@ -160,9 +160,8 @@ def test_policy_loss_bytes(traffic, level, sweeps):
     cases.policy_loss(**inputs, config=config, backend="triton")
     tokens, sequences = inputs["logprobs"].numel(), inputs["logprobs"].shape[0]
     once = 6 * 4  # log-probs, old, reference, advantage, weight, entropy
-    again = 2 * 3 * 4 + 2 * 4 if sweeps == 3 else 0
     launch = traffic.launches[0]
-    assert launch.loaded == tokens * (once + again) + sequences * 2 * 8
+    assert launch.loaded == tokens * once * sweeps + sequences * 2 * 8
     assert launch.stored == tokens * 2 * 4 + sequences * 16 * 8
 
 

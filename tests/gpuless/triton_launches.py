@@ -51,6 +51,8 @@ def calls() -> list[tuple[str, Any]]:
         token_logprobs,
     )
 
+    from pyllmtune import PolicyLossConfig
+
     found = []
     for dtype, vocab, optional in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (1, 32000, 50257), (False, True)
@@ -156,17 +158,22 @@ def calls() -> list[tuple[str, Any]]:
             ),
         ]
     tokens, offsets = torch.zeros(40), torch.tensor([0, 8, 40])
-    for level, rule, kl, optional in itertools.product((0, 1), (0, 1), (0, 3), (False, True)):
-        extra = [tokens, tokens, tokens] if optional else [tokens if kl else None, None, None]
+    for level, rule, kl, optional in itertools.product(
+        ("token", "sequence"), ("ppo", "cispo", "sapo"), ("none", "k3"), (False, True)
+    ):
+        config = PolicyLossConfig(
+            level=level,
+            rule=rule,
+            kl=kl,
+            cap=3.0 if optional and rule == "ppo" else None,
+            kl_coef=0.1 if kl != "none" else 0.0,
+            aggregation="seq-mean-token-mean" if optional else "token-mean",
+        )
+        extra = [tokens, tokens, tokens] if optional else [tokens if config.kl_coef else None]
         args = (
             *(tokens, tokens, tokens if optional else tokens[:2], optional, offsets),
-            *(
-                tokens > 0 if optional else None,
-                *extra,
-                0.0,
-                offsets.float()[0] if optional else None,
-            ),
-            *(level, rule, kl, optional, 0.8, 1.2, 3.0 if optional else float("inf"), 0.1, 0.01),
+            *(tokens > 0 if optional else None, *extra, *[None] * (3 - len(extra)), 0.0),
+            *(offsets.float()[0] if optional else None, config.choices, config.constants),
         )
         found.append(("policy_loss", lambda args=args: policy_loss.policy_loss(*args)))
     for optional in (False, True):

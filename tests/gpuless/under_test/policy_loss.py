@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pyllmtune.losses.config import CONSTANTS, PolicyLossConfig
+
 from .kinds import CUDA_FLAGS, Block, CudaSource, TritonKernel
+
+CHOICES = ("LEVEL", "RULE", "KL", "KL_GRADIENT", "AGGREGATION")
 
 
 def _policy_kernels() -> list[TritonKernel]:
-    """policy_loss with every input there is, for three configs, and the sum over sequences."""
+    """policy_loss with every input there is, for five configs, and the sum over sequences."""
     floats = ("logprobs", "old", "advantages", "ref", "entropy", "weights", "grad_logprobs")
     pointers = {f"{name}_ptr": "*fp32" for name in (*floats, "grad_entropy")}
     row = {
@@ -15,7 +19,7 @@ def _policy_kernels() -> list[TritonKernel]:
         "mask_ptr": "*u8",
         "metrics_ptr": "*fp64",
         "total": "i32",
-        **dict.fromkeys(("low", "high", "cap", "kl_coef", "entropy_coef"), "fp32"),
+        **dict.fromkeys(CONSTANTS, "fp32"),
     }
     sums = {
         "rows_ptr": "*fp64",
@@ -25,7 +29,15 @@ def _policy_kernels() -> list[TritonKernel]:
         "sequences": "i32",
     }
     module = "pyllmtune.kernels.policy_loss"
-    configs = {"token ppo": (0, 0, 0, 0), "token cispo": (0, 1, 1, 3), "sequence ppo": (1, 0, 3, 1)}
+    configs = {
+        "token ppo": PolicyLossConfig(),
+        "token cispo": PolicyLossConfig(rule="cispo", kl="k1", aggregation="constant"),
+        "token dppo-kl": PolicyLossConfig(rule="dppo-kl"),
+        "sequence ppo": PolicyLossConfig(
+            level="sequence", kl="k3", kl_gradient="ratio", aggregation="seq-mean-token-mean"
+        ),
+        "sum vespo": PolicyLossConfig(level="sequence-sum", rule="vespo"),
+    }
     kernels = [
         TritonKernel(
             name=f"policy_loss_fwd {name}",
@@ -33,13 +45,13 @@ def _policy_kernels() -> list[TritonKernel]:
             signature=row,
             constants={
                 "TOKEN_ADVANTAGES": False,
-                **dict(zip(("LEVEL", "RULE", "KL", "AGGREGATION"), codes, strict=True)),
+                **dict(zip(CHOICES, config.choices, strict=True)),
                 "BLOCK_T": 256,
             },
             divisible=tuple(name for name in row if name.endswith("_ptr")),
             num_warps=8,
         )
-        for name, codes in configs.items()
+        for name, config in configs.items()
     ]
     total = TritonKernel(
         name="policy_loss_total",
