@@ -21,6 +21,13 @@ from pyllmtune.losses.config import PolicyLossConfig
 from pyllmtune.losses.dpo import dpo_loss
 from pyllmtune.losses.kto import kto_loss
 from pyllmtune.losses.metrics import PolicyLossMetrics
+from pyllmtune.losses.off_policy import (
+    effective_sample_share,
+    importance_weights,
+    off_policy_sequence_mask,
+    rejection_mask,
+    top_entropy_mask,
+)
 from pyllmtune.losses.ppo import grpo_loss, ppo_clip_loss
 from pyllmtune.losses.preference import PreferencePairs, preference_loss, preference_pairs
 from pyllmtune.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
@@ -54,17 +61,20 @@ __all__ = [
     "beam_step",
     "cpo_loss",
     "dpo_loss",
+    "effective_sample_share",
     "filter_logits",
     "gae",
     "gpg_advantages",
     "greedy",
     "group_advantages",
     "grpo_loss",
+    "importance_weights",
     "keyword_reward",
     "kl_divergence",
     "kto_loss",
     "linear_token_logprobs",
     "multi_objective_advantages",
+    "off_policy_sequence_mask",
     "orpo_loss",
     "pass_at_k_advantages",
     "policy_loss",
@@ -74,6 +84,7 @@ __all__ = [
     "reinforce_loss",
     "reinforce_plus_plus_advantages",
     "reinforce_plus_plus_baseline_advantages",
+    "rejection_mask",
     "remax_advantages",
     "rewards_to_go",
     "sample",
@@ -81,6 +92,7 @@ __all__ = [
     "simpo_loss",
     "temperature_softmax",
     "token_logprobs",
+    "top_entropy_mask",
     "value_loss",
     "whiten",
 ]

@@ -105,6 +105,7 @@ class GRPOLoss(_Loss):
     level: Level = "token"
     delta: float | None = None
     aggregation: Aggregation = "token-mean"
+    preset: str | None = None
     backend: Backend = "auto"
 
     def forward(

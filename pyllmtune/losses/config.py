@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 Level = Literal["token", "sequence", "seq-token", "sequence-sum", "geometric"]
 Rule = Literal[
@@ -205,3 +205,15 @@ class PolicyLossConfig:
             self.kl_limit,
             self.entropy_coef,
         ]
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> PolicyLossConfig:
+        """The loss of a trainer by its name, ``"trl.grpo"`` for example, with some fields changed;
+        ``pyllmtune.losses.presets.PRESETS`` lists them with the divisor that each trainer uses.
+
+        >>> PolicyLossConfig.preset("verl.vanilla").cap
+        3.0
+        """
+        from pyllmtune.losses import presets
+
+        return replace(presets.get(name).config, **changes)

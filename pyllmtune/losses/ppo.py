@@ -68,6 +68,7 @@ def grpo_loss(
     level: Level = "token",
     delta: float | None = None,
     aggregation: Aggregation = "token-mean",
+    preset: str | None = None,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
@@ -83,6 +84,9 @@ def grpo_loss(
         eps_high: upper clip width; larger than ``eps_low`` is DAPO's "clip higher".
         kl_coef: weight of the penalty; 0 leaves it out, a reference given all the same is measured.
         delta: bound of the ratio for negative advantages.
+        preset: the loss of a trainer by its name, ``"trl.dapo"`` or ``"lecture"`` for example
+            (``docs/policy_loss_presets.md``). It replaces ``eps_low`` to ``aggregation``;
+            ``PolicyLossConfig.preset(name, eps_low=0.1)`` changes some of it.
 
     >>> import torch
     >>> lp = torch.log(torch.tensor([[0.15]]))
@@ -100,6 +104,13 @@ def grpo_loss(
         entropy_coef=entropy_coef,
         aggregation=aggregation,
     )
+    if preset is not None:
+        if config != PolicyLossConfig():
+            raise ValueError(
+                f"preset={preset!r} sets every option of the loss; to change some, pass "
+                f"config=PolicyLossConfig.preset({preset!r}, ...) to policy_loss"
+            )
+        config = PolicyLossConfig.preset(preset)
     return policy_loss(
         logprobs,
         old_logprobs,
