@@ -168,8 +168,10 @@ setup(
             f"pyllmtune.{part}"
             for part in (
                 "advantages",
+                "decoding",
                 "demo",
                 "integrations",
+                "integrations.transformers",
                 "kernels",
                 "losses",
                 "ops",

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks import (
+    bench_beam_search,
     bench_beam_step,
     bench_filter_logits,
     bench_gae,
@@ -35,6 +36,7 @@ BENCHES = {
         bench_filter_logits,
         bench_sample,
         bench_beam_step,
+        bench_beam_search,
         bench_token_logprobs,
         bench_kl_divergence,
         bench_kept_token_logprobs,

@@ -93,9 +93,14 @@ def table(options: Options, dtype: torch.dtype, js_weight: float | None) -> dict
     return {name: run for name, run in found.items() if name.split()[0] in options.providers}
 
 
-def forward(divergence: Divergence, inputs: Inputs) -> Results:
-    with torch.no_grad():
-        return {"divergence": divergence(inputs.logits, inputs.ref_logits)}
+def forward(name: str, divergence: Divergence, distance: str) -> Provider:
+    def run(inputs: Inputs) -> Results:
+        with torch.no_grad():
+            return {"divergence": divergence(inputs.logits, inputs.ref_logits)}
+
+    # a sum of differences of log-probs, each rounded, is what the others lose of a small divergence
+    cancels = distance == "close" and not name.startswith("pyllmtune")
+    return Provider(name, run, slack=100.0 if cancels else 1.0)
 
 
 def backward(name: str, divergence: Divergence, wanted: int) -> Provider:
@@ -139,7 +144,7 @@ def cases(options: Options) -> Iterator[Case]:
             probe_bytes=size,
             traffic=Traffic(2 * size, wanted * size),
             providers=[
-                backward(word, run, wanted) if wanted else Provider(word, partial(forward, run))
+                backward(word, run, wanted) if wanted else forward(word, run, distance)
                 for word, run in found.items()
             ],
             threads=threads,

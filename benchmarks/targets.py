@@ -17,6 +17,7 @@ SHAPES = {
     "filter_logits": "64x151936",
     "sample": "64x151936",
     "beam_step": "64x151936",
+    "beam_search": "8x64x151936",
     "token_logprobs": "64x151936",
     "kl_divergence": "64x151936",
     "kept_token_logprobs": "64x151936",
@@ -45,6 +46,7 @@ SPEEDUPS = {
         ("one row, top-p .95", "float32", "eager", 60.0),
     ),
     "beam_step": (("step", "float32", "eager", 12.0),),
+    "beam_search": (("search", "float32", "eager", 3.0),),
     "token_logprobs": (
         ("forward", "float32", "torch.compile", 2.8),
         ("forward", "float32", "eager", 7.0),

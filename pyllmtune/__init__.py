@@ -16,6 +16,8 @@ from pyllmtune.advantages import (
     rewards_to_go,
     whiten,
 )
+from pyllmtune.decoding.beam_search import BeamSearchOutput, beam_search, reorder_cache
+from pyllmtune.decoding.search_tree import SearchTree, plot_search_tree
 from pyllmtune.kept import KeptTokens
 from pyllmtune.losses.config import PolicyLossConfig
 from pyllmtune.losses.dpo import dpo_loss
@@ -47,6 +49,7 @@ from pyllmtune.scoring import score_answers
 
 __all__ = [
     "GROUP_PRESETS",
+    "BeamSearchOutput",
     "BeamStep",
     "GaeOutput",
     "KeptTokens",
@@ -55,9 +58,11 @@ __all__ = [
     "PolicyLossOutput",
     "PreferencePairs",
     "SampleOutput",
+    "SearchTree",
     "TokenLogprobs",
     "ValueLossOutput",
     "__version__",
+    "beam_search",
     "beam_step",
     "cpo_loss",
     "dpo_loss",
@@ -77,6 +82,7 @@ __all__ = [
     "off_policy_sequence_mask",
     "orpo_loss",
     "pass_at_k_advantages",
+    "plot_search_tree",
     "policy_loss",
     "ppo_clip_loss",
     "preference_loss",
@@ -86,6 +92,7 @@ __all__ = [
     "reinforce_plus_plus_baseline_advantages",
     "rejection_mask",
     "remax_advantages",
+    "reorder_cache",
     "rewards_to_go",
     "sample",
     "score_answers",

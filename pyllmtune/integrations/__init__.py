@@ -1,1 +1,1 @@
-"""Other projects' trainers on our ops: the only files that know those projects' names."""
+"""Other projects on our ops: the only files that know those projects' names."""
