@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyllmtune import (
+    beam_search,
     beam_step,
     dpo_loss,
     filter_logits,
@@ -101,6 +102,34 @@ def test_2_2_temperature(backend):
 def test_2_2_greedy_takes_the_first_of_the_most_probable(backend):
     z = torch.tensor([[0.0, 2.0, 1.0], [1.0, 3.0, 3.0], [5.0, 5.0, 5.0]])
     assert greedy(z, backend=backend).tokens.tolist() == [1, 1, 0]
+
+
+# the next token's probabilities after 0, 1, 2, 3; token 3 ends an answer
+NEXT = torch.tensor(
+    [[0.0, 0.6, 0.4, 0.0], [0.3, 0.3, 0.3, 0.1], [0.05, 0.05, 0.0, 0.9], [0.0, 0.0, 0.0, 1.0]]
+)
+
+
+def test_2_2_beam_search_finds_what_greedy_misses(backend):
+    """Greedy takes 1 (0.6) and is left with 0.3; a width of 3 finds 2, then the end: 0.36."""
+
+    def search(num_beams: int):
+        return beam_search(
+            lambda tokens, cache: NEXT[tokens[:, -1]].log(),
+            torch.tensor([[0]]),
+            num_beams=num_beams,
+            max_length=2,
+            eos_token_id=3,
+            backend=backend,
+        )
+
+    greedy_path, best = search(1), search(3)
+    assert greedy_path.tokens.tolist() == [[[1, 0]]]
+    close(greedy_path.scores.exp(), [[0.6 * 0.3]])
+    assert best.tokens.tolist() == [[[2, 3]]]
+    close(best.scores, [[math.log(0.4) + math.log(0.9)]])  # score(y) = sum of log P
+    every = [(a, b) for a in range(4) for b in range(4) if a != 3]
+    assert max(every, key=lambda ab: float(NEXT[0, ab[0]] * NEXT[ab])) == (2, 3)
 
 
 def test_2_2_beam_search_keeps_the_three_best_prefixes_at_each_step(backend):
