@@ -12,7 +12,7 @@
 //   Forward: one block a row; a thread keeps PairStats of its chunks and rescales when a maximum
 //   grows: two exponentials a pair. Threads are joined in a fixed tree, and the elements of a
 //   thread follow from V alone: a row has the same bits in any batch, at any address.
-//   Limits: V < 2^27, fewer than 2^31 rows.
+//   Limits: V <= 2^26, fewer than 2^31 rows.
 #pragma once
 
 #include "../math/divergence.h"
