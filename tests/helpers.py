@@ -39,6 +39,7 @@ def need(tool: str) -> None:
         "cpp": lambda: _backend.why_not("cpp", "cpu") is None,
         "transformers": lambda: find_spec("transformers") is not None,
         "trl": lambda: find_spec("trl") is not None,
+        "verl": lambda: find_spec("verl") is not None,
     }[tool]()
     if present:
         return
