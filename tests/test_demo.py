@@ -106,7 +106,7 @@ def test_cached_generation_equals_the_full_forward():
     assert (tokens[0] == PAD).any() and not (tokens[1] == PAD).any()
     copies, length = 3, 12
     seeds = answer_seeds(0, 1, 2 * copies)
-    answers, logprobs = generate(model, tokens, length, copies=copies, seeds=seeds)
+    answers, logprobs, _ = generate(model, tokens, length, copies=copies, seeds=seeds)
     with torch.no_grad():
         for row, answer in enumerate(answers):
             alone = torch.tensor([encode(prompts[row // copies])])
@@ -125,6 +125,24 @@ def test_cached_generation_equals_the_full_forward():
             # what the sampler calls processed is what the trainer calls log-prob
             scored = fused.score(full[None], answer[None], ~ended[None])[0]
             torch.testing.assert_close(logprobs[row], scored, rtol=0, atol=1e-5)
+
+
+def test_the_trainer_scores_the_nucleus_that_was_sampled():
+    """At a top-p that drops most tokens: both libraries give the sampler's log-probs again."""
+    torch.manual_seed(1)
+    model, prompts = Transformer(SMALL), pad_left(["\n47+38=", "\n5-3="])
+    seeds = answer_seeds(0, 1, 8)
+    answers, logprobs, kept = generate(model, prompts, 12, copies=4, seeds=seeds, top_p=0.6)
+    mask = answers != PAD
+    assert kept.num_rows == answers.numel() and kept.contains(answers)[mask].all()
+    assert not kept.counts.view_as(answers)[~mask].any() and kept.counts.max() < SMALL.vocab
+    with torch.no_grad():
+        logits = answer_outputs(model, prompts.repeat_interleave(4, dim=0), answers).logits
+    for library in (fused, eager):
+        scored = library.score(logits, answers, mask, kept)
+        torch.testing.assert_close(scored, logprobs, rtol=0, atol=1e-5)
+    whole = fused.score(logits, answers, mask)
+    assert (whole[mask] < logprobs[mask] - 0.1).any()  # what a trainer without the set would use
 
 
 def test_rollouts_are_reproducible_and_do_not_depend_on_the_batch():
@@ -149,7 +167,8 @@ def batch_of_a_moved_policy(dtype: torch.dtype) -> tuple[torch.Tensor, Batch]:
     current = eager.score(logits, tokens, mask)
     old, ref = (current + 0.4 * torch.randn(rows, length, dtype=dtype) * mask for _ in range(2))
     rewards_ = torch.randint(2, (rows,)).to(dtype) + 0.1 * torch.rand(rows, dtype=dtype)
-    return logits, Batch(tokens, mask, old, ref, eager.advantages(rewards_, 4, "std"))
+    advantages = eager.advantages(rewards_, 4, "std")
+    return logits, Batch(tokens, mask, old, ref, advantages=advantages)
 
 
 @pytest.mark.parametrize("moved", [True, False], ids=["second-update", "first-update"])

@@ -23,7 +23,7 @@ SPLIT = make_split(validation=16, held_out=16)
 def run_of(name: str, library: int = 0, **options: object) -> Run:
     torch.manual_seed(5)
     objective, libraries = algorithm(name, "grpo", kl_coef=0.02, entropy_coef=0.01)
-    shared = RunSettings(objective, seed=0, keyword_weight=1.0, **options)
+    shared = RunSettings(objective, seed=0, keyword_weight=1.0, top_p=0.8, **options)
     return Run(Transformer(SMALL), libraries[library], shared, SPLIT.train)
 
 
@@ -34,7 +34,7 @@ def sampled() -> Sampled:
     tokens = torch.where(mask, torch.randint(2, 18, (rows, length)), PAD)
     old, ref = (-torch.rand(rows, length) * mask for _ in range(2))
     values = torch.randn(rows, length)
-    return Sampled(tokens, mask, old, ref, torch.randint(3, (rows,)).float(), 4, values)
+    return Sampled(tokens, mask, old, ref, None, torch.randint(3, (rows,)).float(), 4, values)
 
 
 def test_an_answer_is_paid_once_at_its_last_token():

@@ -15,7 +15,7 @@ BETA = 0.3
 def credit(sampled: Sampled, objective: Objective) -> Batch:
     """All pairs of a group whose rewards differ."""
     groups = torch.arange(len(sampled.reward)) // sampled.group_size
-    return Batch(*sampled[:4], pairs=pyllmtune.preference_pairs(-sampled.reward, groups))
+    return Batch(*sampled[:5], pairs=pyllmtune.preference_pairs(-sampled.reward, groups))
 
 
 def loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:

@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllmtune import PolicyLossConfig
+from pyllmtune import KeptTokens, PolicyLossConfig
 from pyllmtune.demo.losses import Batch, Library, Loss, Objective, Sampled, Scale, normalizer
 from pyllmtune.demo.rollout import Outputs
 
 
-def score(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+def within(logits: Tensor, kept: KeptTokens | None) -> Tensor:
+    """The logits of the kept tokens alone. Finite elsewhere, so that an entropy is."""
+    if kept is None:
+        return logits
+    return logits.masked_fill(~kept.to_mask(logits.shape[-1]).view(logits.shape), -1e9)
+
+
+def score(logits: Tensor, tokens: Tensor, mask: Tensor, kept: KeptTokens | None = None) -> Tensor:
     """Log-probs of ``tokens``, ``[B, T]``."""
-    logprobs = F.log_softmax(logits, dim=-1).gather(-1, tokens[..., None])[..., 0]
+    logprobs = F.log_softmax(within(logits, kept), dim=-1).gather(-1, tokens[..., None])[..., 0]
     return logprobs * mask
 
 
@@ -36,7 +43,7 @@ def terms(
     mask = batch.mask.to(logits.dtype)
     lengths, total = mask.sum(1), mask.sum()
 
-    logprobs_all = F.log_softmax(logits, dim=-1)  # [B, T, V]
+    logprobs_all = F.log_softmax(within(logits, batch.kept), dim=-1)  # [B, T, V]
     logprobs = logprobs_all.gather(-1, batch.tokens[..., None])[..., 0]  # [B, T]
     entropy = -(logprobs_all.exp() * logprobs_all).sum(-1)  # [B, T]
 
@@ -87,7 +94,7 @@ def loss(logits: Tensor, batch: Batch, config: PolicyLossConfig, normalizer: flo
 
 def credit(sampled: Sampled, objective: Objective) -> Batch:
     """Each answer against the others of its group."""
-    return Batch(*sampled[:4], advantages(sampled.reward, sampled.group_size, objective.scale))
+    return Batch(*sampled[:5], advantages(sampled.reward, sampled.group_size, objective.scale))
 
 
 def batch_loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:

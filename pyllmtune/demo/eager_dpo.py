@@ -22,7 +22,7 @@ def credit(sampled: Sampled, objective: Objective) -> Batch:
         if rewards[i] > rewards[j]
     ]
     better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
-    return Batch(*sampled[:4], pairs=(better, worse))
+    return Batch(*sampled[:5], pairs=(better, worse))
 
 
 def loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:

@@ -29,7 +29,7 @@ def credit(sampled: Sampled, objective: Objective) -> Batch:
     advantages = gae(sampled.token_rewards, sampled.values, mask)
     chosen = advantages[mask]
     white = (advantages - chosen.mean()) / (chosen.var() + 1e-8).sqrt()
-    return Batch(*sampled[:4], white * mask, (advantages + sampled.values) * mask)
+    return Batch(*sampled[:5], white * mask, (advantages + sampled.values) * mask)
 
 
 def loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 import pyllmtune
-from pyllmtune import PolicyLossConfig
+from pyllmtune import KeptTokens, PolicyLossConfig
 from pyllmtune.demo.losses import Batch, Library, Loss, Objective, Sampled, Scale, normalizer
 from pyllmtune.demo.rollout import Outputs
 
 
-def score(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+def score(logits: Tensor, tokens: Tensor, mask: Tensor, kept: KeptTokens | None = None) -> Tensor:
     """Log-probs of ``tokens``, ``[B, T]``."""
-    return pyllmtune.token_logprobs(logits, tokens, mask=mask).logprobs
+    return pyllmtune.token_logprobs(logits, tokens, mask=mask, kept=kept).logprobs
 
 
 def advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
@@ -22,7 +22,7 @@ def advantages(rewards: Tensor, group_size: int, scale: Scale) -> Tensor:
 
 def loss(logits: Tensor, batch: Batch, config: PolicyLossConfig, normalizer: float) -> Loss:
     """The policy loss of a batch; the aggregation ``"constant"`` divides by ``normalizer``."""
-    scored = pyllmtune.token_logprobs(logits, batch.tokens, mask=batch.mask)
+    scored = pyllmtune.token_logprobs(logits, batch.tokens, mask=batch.mask, kept=batch.kept)
     logprobs = scored.logprobs.detach()
     value, metrics = pyllmtune.policy_loss(
         scored.logprobs,
@@ -45,7 +45,7 @@ def loss(logits: Tensor, batch: Batch, config: PolicyLossConfig, normalizer: flo
 
 def credit(sampled: Sampled, objective: Objective) -> Batch:
     """Each answer against the others of its group."""
-    return Batch(*sampled[:4], advantages(sampled.reward, sampled.group_size, objective.scale))
+    return Batch(*sampled[:5], advantages(sampled.reward, sampled.group_size, objective.scale))
 
 
 def batch_loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:

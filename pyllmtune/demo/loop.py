@@ -23,6 +23,7 @@ from pyllmtune.demo.losses import Batch, Library, Loss, Objective, Sampled
 from pyllmtune.demo.model import Transformer
 from pyllmtune.demo.rollout import (
     ANSWER_LENGTH,
+    Rollout,
     answer_outputs,
     answer_seeds,
     generate,
@@ -48,6 +49,7 @@ class RunSettings:
     group_size: int = 8  # answers per question
     learning_rate: float = 1e-3
     keyword_weight: float = 0.1  # against 1 for the right answer
+    top_p: float = 1.0  # of the sampler
 
     def learning_rate_at(self, step: int) -> float:
         """Warm-up times linear decay; ``step`` counts from 1."""
@@ -97,16 +99,22 @@ class Run:
         asked = pad_left([zero_shot(question) for question in questions])  # [questions, prompt]
         rows = settings.questions * settings.group_size
         seeds = answer_seeds(settings.seed, step, rows)
-        sampler = self.reference if settings.objective.offline else self.policy
-        self.answers, old_logprobs = generate(
-            sampler, asked, ANSWER_LENGTH, copies=settings.group_size, seeds=seeds
+        offline = settings.objective.offline  # pairs are of whole answers, whoever has sampled them
+        rollout = generate(
+            self.reference if offline else self.policy,
+            asked,
+            ANSWER_LENGTH,
+            copies=settings.group_size,
+            seeds=seeds,
+            top_p=1.0 if offline else settings.top_p,
         )
+        self.answers = rollout.tokens
         right, keywords = rewards(questions, decode_rows(self.answers.tolist()))
         reward = right + settings.keyword_weight * keywords  # [B]
         prompts = asked.repeat_interleave(settings.group_size, dim=0)  # [B, prompt]
         self.sampling_seconds += time.perf_counter() - began
 
-        batch = self._batch(prompts, old_logprobs, reward.to(self.policy.config.dtype))
+        batch = self._batch(prompts, rollout, reward.to(self.policy.config.dtype))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
         for _ in range(settings.objective.updates):
@@ -117,18 +125,19 @@ class Run:
         self.records.append(Record(step, *means, loss.value.item(), grad_norm, **loss.metrics))
         return self.records[-1]
 
-    def _batch(self, prompts: Tensor, old_logprobs: Tensor, reward: Tensor) -> Batch:
+    def _batch(self, prompts: Tensor, rollout: Rollout, reward: Tensor) -> Batch:
         """What the updates hold fixed: log-probs of sampler and reference, and who gets credit."""
         began = time.perf_counter()
         answers, settings = self.answers, self.settings
         mask = answers != PAD
         with torch.no_grad():
             logits = answer_outputs(self.reference, prompts, answers).logits
-            ref = self.library.score(logits, answers, mask)
+            ref = self.library.score(logits, answers, mask, rollout.kept)
             critic = settings.objective.critic
             values = answer_outputs(self.policy, prompts, answers).values if critic else None
-        old = old_logprobs.to(ref.dtype)
-        sampled = Sampled(answers, mask, old, ref, reward, settings.group_size, values)
+        old = rollout.logprobs.to(ref.dtype)
+        scores = (answers, mask, old, ref, rollout.kept)
+        sampled = Sampled(*scores, reward, settings.group_size, values)
         batch = self.library.credit(sampled, settings.objective)
         self.update_seconds += time.perf_counter() - began
         return batch

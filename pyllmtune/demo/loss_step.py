@@ -33,9 +33,8 @@ def inputs(rows: int, vocab: int) -> tuple[Tensor, Batch]:
     mask = torch.ones(shape, dtype=torch.bool)
     current = eager.score(logits, tokens, mask)
     old, ref = (current + 0.2 * torch.randn(shape, generator=generator) for _ in range(2))
-    return logits.requires_grad_(), Batch(
-        tokens, mask, old, ref, torch.randn(ANSWERS, generator=generator)
-    )
+    advantages = torch.randn(ANSWERS, generator=generator)
+    return logits.requires_grad_(), Batch(tokens, mask, old, ref, advantages=advantages)
 
 
 def step_of(provider: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyllmtune import PolicyLossConfig
+from pyllmtune import KeptTokens, PolicyLossConfig
 from pyllmtune.demo.rollout import ANSWER_LENGTH, Outputs
 
 Scale = Literal["std", "none"]
@@ -55,6 +55,7 @@ class Sampled(NamedTuple):
     mask: Tensor  # [B, T] bool, the tokens of the answer
     old_logprobs: Tensor  # [B, T], of the policy that answered
     ref_logprobs: Tensor  # [B, T]
+    kept: KeptTokens | None  # all log-probs are of these tokens alone
     reward: Tensor  # [B]
     group_size: int
     values: Tensor | None  # [B, T], with a critic
@@ -73,6 +74,7 @@ class Batch(NamedTuple):
     mask: Tensor  # [B, T]
     old_logprobs: Tensor | None  # [B, T]; None: the policy has not moved yet
     ref_logprobs: Tensor  # [B, T]
+    kept: KeptTokens | None = None
     advantages: Tensor | None = None  # [B] or [B, T]
     returns: Tensor | None = None  # [B, T], what the critic learns
     pairs: tuple[Tensor, Tensor] | None = None  # rows of the better and of the worse answers
@@ -95,6 +97,7 @@ class Library(NamedTuple):
     """One way to compute it all. Logits are ``[B, T, V]``, row t for token t."""
 
     name: str
-    score: Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, tokens, mask) -> logprobs [B, T]
+    # (logits, tokens, mask, kept) -> logprobs [B, T]
+    score: Callable[[Tensor, Tensor, Tensor, KeptTokens | None], Tensor]
     credit: Callable[[Sampled, Objective], Batch]
     loss: Callable[[Outputs, Batch, Objective], Loss]

@@ -16,7 +16,7 @@ def credit(sampled: Sampled, objective: Objective) -> Batch:
     advantages, returns = pyllmtune.gae(
         sampled.token_rewards, sampled.values, sampled.mask, lam=LAM
     )
-    return Batch(*sampled[:4], pyllmtune.whiten(advantages, sampled.mask), returns)
+    return Batch(*sampled[:5], pyllmtune.whiten(advantages, sampled.mask), returns)
 
 
 def loss(outputs: Outputs, batch: Batch, objective: Objective) -> Loss:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyllmtune import sample
+from pyllmtune import KeptTokens, sample
 from pyllmtune.demo.model import Cache, Transformer
 from pyllmtune.demo.vocabulary import NEWLINE, PAD, encode
 
@@ -35,6 +35,7 @@ def answer_seeds(seed: int, step: int, rows: int) -> Tensor:
 class Rollout(NamedTuple):
     tokens: Tensor  # [B, T] int64, padded
     logprobs: Tensor  # [B, T] float32, of the distribution that was sampled; 0 at padding
+    kept: KeptTokens | None  # what top-p left of it, a row for each of [B, T]; none at padding
 
 
 @torch.no_grad()
@@ -45,6 +46,7 @@ def generate(
     *,
     copies: int = 1,
     seeds: Tensor | None = None,
+    top_p: float = 1.0,
 ) -> Rollout:
     """``B * copies`` answers, each up to its newline, then padding; T is the longest's length.
 
@@ -53,24 +55,35 @@ def generate(
         length: most tokens an answer may have.
         copies: answers per prompt, in neighbouring rows.
         seeds: ``[B * copies]``, one an answer; None decodes greedily.
+        top_p: below 1, draw from the nucleus alone, and return it.
     """
     cache = Cache(model.config, len(prompts), prompts.shape[1] + length)
     logits = model(prompts, cache)[:, -1].repeat_interleave(copies, dim=0)
     cache.expand(copies)
     answers = torch.full((len(logits), length), PAD)
     logprobs = torch.zeros(len(logits), length)
-    how = {"temperature": 0.0, "seed": 0} if seeds is None else {"seed": seeds}
+    how = {"temperature": 0.0, "seed": 0} if seeds is None else {"seed": seeds, "top_p": top_p}
+    nuclei = []
     open_rows = torch.ones(len(logits), dtype=torch.bool)
     for position in range(length):
-        drawn = sample(without_padding(logits), position=position, logprobs="processed", **how)
+        drawn = sample(
+            without_padding(logits),
+            position=position,
+            logprobs="processed",
+            return_kept=top_p < 1.0,
+            **how,
+        )
         tokens = drawn.tokens
         answers[:, position] = torch.where(open_rows, tokens, PAD)
         logprobs[:, position] = torch.where(open_rows, drawn.logprobs, 0.0)
+        if drawn.kept is not None:
+            nuclei.append(drawn.kept.to_mask(logits.shape[-1]) & open_rows[:, None])
         open_rows &= tokens != NEWLINE
         if position + 1 == length or not open_rows.any():
             break
         logits = model(tokens[:, None], cache)[:, -1]
-    return Rollout(answers[:, : position + 1], logprobs[:, : position + 1])
+    kept = KeptTokens.from_mask(torch.stack(nuclei, dim=1)) if nuclei else None
+    return Rollout(answers[:, : position + 1], logprobs[:, : position + 1], kept)
 
 
 def without_padding(logits: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Settings:
     kl_coef: float
     entropy_coef: float
     keyword_weight: float
+    top_p: float
     seed: int
     dtype: str
     threads: int | None
@@ -109,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
         help="of the second reward (default 0.1)",
     )
     add(
+        "--top-p",
+        type=_at_least(0.0, float),
+        default=0.99,
+        help="sample from the nucleus and train on its distribution (default 0.99; 1: on all)",
+    )
+    add(
         "--seed",
         type=_at_least(0, int),
         default=0,
@@ -154,6 +161,7 @@ def parse(argv: list[str] | None) -> Settings:
         kl_coef=options.kl_coef,
         entropy_coef=options.entropy_coef,
         keyword_weight=options.keyword_weight,
+        top_p=options.top_p,
         seed=options.seed,
         dtype=options.dtype,
         threads=options.threads,

@@ -55,6 +55,7 @@ def train(
         settings.group_size,
         objective.learning_rate if settings.learning_rate is None else settings.learning_rate,
         settings.keyword_weight,
+        settings.top_p,
     )
     compared = libraries if settings.eager else libraries[:1]
     runs = [Run(start, library, shared, split.train) for library in compared]

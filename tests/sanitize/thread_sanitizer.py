@@ -12,6 +12,9 @@ from tests.gpuless.emulator import Outcome, runtime_library
 from tests.gpuless.toolchain import REPO, ToolMissing
 
 
+SUPPRESSIONS = REPO / "tests" / "sanitize" / "tsan.supp"
+
+
 def run(script: str, *arguments: str) -> Outcome:
     """``python script arguments...`` from the repository's root; any finding makes it fail."""
     done = subprocess.run(
@@ -30,7 +33,7 @@ def run(script: str, *arguments: str) -> Outcome:
 def _environment() -> dict[str, str]:
     return os.environ | {
         "LD_PRELOAD": runtime_library("libtsan.so"),
-        "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0",
+        "TSAN_OPTIONS": f"halt_on_error=1:report_thread_leaks=0:suppressions={SUPPRESSIONS}",
     }
 
 
