@@ -11,7 +11,6 @@ import sys
 from tests.gpuless.emulator import Outcome, runtime_library
 from tests.gpuless.toolchain import REPO, ToolMissing
 
-
 SUPPRESSIONS = REPO / "tests" / "sanitize" / "tsan.supp"
 
 
