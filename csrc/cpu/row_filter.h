@@ -110,6 +110,7 @@ class RowFilter {
     const Masses kept = all ? sum_blocks<false, kWeighted>(by, cut, out)
                             : sum_blocks<true, kWeighted>(by, cut, out);
     num_kept = all ? allowed_ : kept.count;
+    if (all && by.rate == filter_scale_.rate) total_ = kept.mass;
     return kept;
   }
   // Mass of all allowed tokens at the temperature of the draw.
