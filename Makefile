@@ -1,4 +1,4 @@
-# make demo | test | bench | lint      each makes what it needs, from nothing, and does nothing twice
+# make demo | test | bench | lint | gpu-check      each makes what it needs, from nothing, and does nothing twice
 #
 #   PYTHON=path/to/python   use that interpreter's environment as it is, instead of .venv (torch must be in it)
 #   PYLLMTUNE_BUILD=0|1     pure Python | fail if the compiled modules cannot be built (default: best effort)
@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format env clean
+.PHONY: demo test bench lint gpu-check format env clean
 
 STAMPS := build/stamps
 ifdef PYTHON
@@ -28,6 +28,9 @@ test: $(STAMPS)/dev $(STAMPS)/built
 
 bench: $(STAMPS)/built
 	$(PY) -m benchmarks $(or $(ARGS),all)
+
+gpu-check: $(STAMPS)/dev
+	$(PY) -m tests.gpu_check $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .

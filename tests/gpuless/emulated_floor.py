@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyllmtune import _backend, _ops
 from pyllmtune.losses.metrics import SIZE
+from tests import on_gpu
 
 from .emulator import EmulatedLibrary, load
 
@@ -237,6 +238,8 @@ def gae(
 @functools.cache
 def install() -> None:
     """Adds the floor to the ones that a call can name."""
+    if on_gpu.WANTED:  # the same kernels, on the device
+        return on_gpu.install()
     from . import emulated_decoding as decoding  # they use what is above
     from . import emulated_divergence as divergence
     from . import emulated_kept as kept
