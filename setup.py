@@ -23,6 +23,7 @@ TORCH_TARGET, TORCH_TARGET_HEX = "2.11", "0x020b000000000000"
 
 # no -march=native: a wheel must run elsewhere; no -ffast-math: it breaks -inf and NaN
 CXX_FLAGS = [
+    "-std=c++20",  # torch 2.11 would ask for C++17
     "-O3",
     "-g0",
     "-fvisibility=hidden",
@@ -101,7 +102,7 @@ def cuda_modules() -> list:
             define_macros=[target, ("USE_CUDA", None)],
             extra_compile_args={
                 "cxx": CXX_FLAGS,
-                "nvcc": ["-O3", "-ftz=true", "--expt-relaxed-constexpr"],
+                "nvcc": ["-std=c++20", "-O3", "-ftz=true", "--expt-relaxed-constexpr"],
             },
         )
     ]

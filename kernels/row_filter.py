@@ -347,7 +347,8 @@ def find_kept(row_source, parameters, bits, ORDER: tl.constexpr, BLOCK: tl.const
     """Where the kept tokens of a row end: ``is_kept(keys, ids, cut)``.
 
     Returns whether the row holds NaN or +inf, whether it is valid, the scale of its masses, the
-    cut, and the source that holds every kept token.
+    cut, and the lengths (of row and list) of the source that holds every kept token; not the source
+    itself, for Triton 3.6 returns no tuple that holds None.
     """
     temperature, k, fraction, min_p, sound = parameters
     z_ptr, allowed_ptr, vocab, list_ptr, _ = row_source
@@ -378,4 +379,4 @@ def find_kept(row_source, parameters, bits, ORDER: tl.constexpr, BLOCK: tl.const
     last = tl.full([], -1, tl.int32)
     if floor > LOWEST:
         last = _last_tie(source, floor, ties, BLOCK)
-    return bad, valid, (top, rate, bits), (floor, last), source
+    return bad, valid, (top, rate, bits), (floor, last), (row_length, list_length)

@@ -36,7 +36,7 @@ from .row_filter import (
     new_lists,
     row_parameters,
 )
-from .sample_results import row_pointers, sample_kept_ids_kernel, sample_scores_kernel
+from .sample_results import row_pointer, sample_kept_ids_kernel, sample_scores_kernel
 
 
 @device_function
@@ -103,17 +103,11 @@ def _sample_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     row = first_row + tl.program_id(0)
-    z_ptr, allowed_ptr, exists = row_pointers(
-        row,
-        logits_ptr,
-        allowed_ptr,
-        row_indices_ptr,
-        logits_rows,
-        inner,
-        stride_outer,
-        stride_inner,
-        stride_allowed,
+    z_ptr, exists = row_pointer(
+        row, logits_ptr, row_indices_ptr, logits_rows, inner, stride_outer, stride_inner
     )
+    if allowed_ptr is not None:
+        allowed_ptr += row.to(tl.int64) * stride_allowed
     list_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * (2 * CAPACITY)
     parameters = row_parameters(
         row,
@@ -127,7 +121,8 @@ def _sample_fwd_kernel(
         row_min_p_ptr,
     )
     row_source = (z_ptr, allowed_ptr, tl.where(exists, vocab, 0), list_ptr, 0)
-    _bad, valid, scale, cut, source = find_kept(row_source, parameters, bits, ORDER, BLOCK)
+    _bad, valid, scale, cut, lengths = find_kept(row_source, parameters, bits, ORDER, BLOCK)
+    source = (z_ptr, allowed_ptr, lengths[0], list_ptr, lengths[1])
     mass, number = _weigh_kept(source, scale, cut, BLOCK)
     tl.store(valid_ptr + row, valid.to(tl.uint8))
     tl.store(num_kept_ptr + row, number)

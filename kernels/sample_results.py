@@ -21,27 +21,14 @@ from .row_filter import NONE, is_kept, load_row, row_offset
 
 
 @device_function
-def row_pointers(
-    row,
-    logits_ptr,
-    allowed_ptr,
-    row_indices_ptr,
-    logits_rows,
-    inner,
-    stride_outer,
-    stride_inner,
-    stride_allowed,
-):
-    """Of the row's logits and mask, and whether ``row_indices`` names a row that exists."""
+def row_pointer(row, logits_ptr, row_indices_ptr, logits_rows, inner, stride_outer, stride_inner):
+    """Of the row's logits, and whether ``row_indices`` names a row that exists."""
     logits_row = row.to(tl.int64)
     if row_indices_ptr is not None:
         logits_row = tl.load(row_indices_ptr + row)
     exists = (logits_row >= 0) & (logits_row < logits_rows)
     logits_row = tl.where(exists, logits_row, 0)
-    if allowed_ptr is not None:
-        allowed_ptr += row.to(tl.int64) * stride_allowed
-    z_ptr = logits_ptr + row_offset(logits_row, inner, stride_outer, stride_inner)
-    return z_ptr, allowed_ptr, exists
+    return logits_ptr + row_offset(logits_row, inner, stride_outer, stride_inner), exists
 
 
 @device_function
@@ -76,17 +63,11 @@ def sample_scores_kernel(
 ):
     """Log-probs, ranks, kept mass and entropy: one sweep of the row, and one for each rank."""
     row = tl.program_id(0)
-    z_ptr, allowed_ptr, _exists = row_pointers(
-        row,
-        logits_ptr,
-        allowed_ptr,
-        row_indices_ptr,
-        logits_rows,
-        inner,
-        stride_outer,
-        stride_inner,
-        stride_allowed,
+    z_ptr, _exists = row_pointer(
+        row, logits_ptr, row_indices_ptr, logits_rows, inner, stride_outer, stride_inner
     )
+    if allowed_ptr is not None:
+        allowed_ptr += row.to(tl.int64) * stride_allowed
     cut = (tl.load(cuts_ptr + row), tl.load(cuts_ptr + rows + row))
     top = from_order_key(tl.load(cuts_ptr + 2 * rows + row))
     valid = cut[0] < NONE
@@ -164,16 +145,10 @@ def sample_kept_ids_kernel(
 ):
     """Writes each row's kept ids behind those of the rows before."""
     row = tl.program_id(0)
-    z_ptr, allowed_ptr, _exists = row_pointers(
-        row,
-        logits_ptr,
-        allowed_ptr,
-        row_indices_ptr,
-        logits_rows,
-        inner,
-        stride_outer,
-        stride_inner,
-        stride_allowed,
+    if allowed_ptr is not None:
+        allowed_ptr += row.to(tl.int64) * stride_allowed
+    z_ptr, _exists = row_pointer(
+        row, logits_ptr, row_indices_ptr, logits_rows, inner, stride_outer, stride_inner
     )
     cut = (tl.load(cuts_ptr + row), tl.load(cuts_ptr + rows + row))
     number = tl.load(num_kept_ptr + row)

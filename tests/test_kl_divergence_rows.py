@@ -140,7 +140,10 @@ def test_row_offsets_beyond_2_to_the_31(backend):
     rows.copy_(second)
     for options in KINDS.values():
         got = kl_divergence(first, rows, backend=helpers.use(backend), **options)
-        assert torch.equal(got, kl_divergence(first, second, backend=backend, **options))
+        want = kl_divergence(first, second, backend=backend, **options)
+        # compiled Triton orders a sum by how rows are aligned, and the two differ in that
+        tolerance = helpers.FORWARD[torch.float32] if backend == "triton" else 0.0
+        helpers.assert_close(got, want, tolerance, f"far rows, {options}")
 
 
 BAD = {

@@ -129,8 +129,10 @@ def test_row_offsets_beyond_2_to_the_31(backend):
     rows.copy_(near)
     got = token_logprobs(rows, tokens, backend=helpers.use(backend))
     want = token_logprobs(near, tokens, backend=backend)
-    for value, expected in zip(got, want, strict=True):
-        assert torch.equal(value, expected)
+    # compiled Triton orders a sum by how rows are aligned, and the two differ in that
+    tolerance = helpers.FORWARD[torch.float32] if backend == "triton" else 0.0
+    for name, value, expected in zip(got._fields, got, want, strict=True):
+        helpers.assert_close(value, expected, tolerance, f"far rows, {name}")
 
 
 BAD = {
