@@ -1,4 +1,5 @@
-"""beam_step: items of four beams, beside log-softmax, add and topk, as beam searches do it today.
+"""beam_step: items of four beams, beside log-softmax, add and topk, as beam searches do it today;
+and sample_beams beside log-softmax, add, softmax and multinomial.
 
 S = rows * vocab * sizeof(dtype), the logits: read once. Values checked: scores against float64; of
 ours also parents and tokens, of which torch.topk promises no order where they tie.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Provider, Results, Traffic, our_backends
 from benchmarks.options import Options
-from pyllmtune import BeamStep, beam_step
+from pyllmtune import BeamStep, beam_step, sample_beams
 
 OP = "beam_step"
 BEAMS = 4
@@ -67,6 +68,33 @@ def reference(inputs: Inputs) -> Results:
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
+def seeds(scores: Tensor) -> Tensor:
+    return torch.arange(len(scores), device=scores.device)
+
+
+def ours_drawn(backend: str, inputs: Inputs) -> Results:
+    options = {"num_beams": BEAMS, "seed": seeds(inputs.scores), "backend": backend}
+    return results_of(sample_beams(inputs.logits, inputs.scores, **options))
+
+
+def multinomial(inputs: Inputs) -> Results:
+    logprobs = F.log_softmax(inputs.logits.float(), -1) + inputs.scores[..., None]
+    drawn = torch.multinomial(logprobs.flatten(1).softmax(-1), 2 * BEAMS)
+    logprobs.flatten(1).gather(1, drawn)
+    return {}  # other random numbers
+
+
+def reference_drawn(inputs: Inputs) -> Results:
+    parts = [
+        sample_beams(z, s, num_beams=BEAMS, seed=seed, backend="reference")
+        for z, s, seed in zip(
+            *(x.split(1) for x in (inputs.logits, inputs.scores, seeds(inputs.scores))), strict=True
+        )
+    ]
+    found = [results_of(part) for part in parts]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
 def cases(options: Options) -> Iterator[Case]:
     def case(
         name: str,
@@ -74,14 +102,16 @@ def cases(options: Options) -> Iterator[Case]:
         dtype: torch.dtype = options.dtype,
         threads: tuple[int, ...] = options.threads,
         alone: bool = False,
+        drawn: bool = False,
     ) -> Case:
         size = shape[0] * shape[1] * dtype.itemsize
+        run = ours_drawn if drawn else ours
         table: dict[str, Callable[[Inputs], Results]] = {
-            f"pyllmtune {word}": partial(ours, word) for word in our_backends(options.device, dtype)
+            f"pyllmtune {word}": partial(run, word) for word in our_backends(options.device, dtype)
         }
         if not alone:
-            table["eager"] = partial(baseline, topk)
-        if "torch.compile" in options.providers and not alone:
+            table["eager"] = multinomial if drawn else partial(baseline, topk)
+        if "torch.compile" in options.providers and not alone and not drawn:
             compiled = torch.compile(topk, dynamic=False, fullgraph=True)
             table["torch.compile"] = partial(baseline, compiled)
         return Case(
@@ -90,7 +120,7 @@ def cases(options: Options) -> Iterator[Case]:
             shape=shape,
             dtype=dtype,
             draw=partial(draw, shape, dtype, options.device),
-            reference=reference,
+            reference=reference_drawn if drawn else reference,
             probe=lambda inputs: inputs.logits,
             probe_bytes=size,
             traffic=Traffic(size),
@@ -107,6 +137,7 @@ def cases(options: Options) -> Iterator[Case]:
     if options.dtype == torch.float32:
         yield case("step", (rows, vocab), dtype=torch.bfloat16)
     last = options.threads[-1:]
+    yield case("sampled step", (rows, vocab), threads=last, drawn=True)
     yield case("one item", (BEAMS, vocab), threads=last)
     for size in (512, 1024) if options.quick else (32_768, 131_072, 262_144):
         yield case("step over V", (rows, size), threads=last, alone=True)

@@ -17,6 +17,7 @@ from pyllmtune.advantages import (
     whiten,
 )
 from pyllmtune.decoding.beam_search import BeamSearchOutput, beam_search, reorder_cache
+from pyllmtune.decoding.sample_beams import sample_beams
 from pyllmtune.decoding.search_tree import SearchTree, plot_search_tree
 from pyllmtune.kept import KeptTokens
 from pyllmtune.losses.config import PolicyLossConfig
@@ -95,6 +96,7 @@ __all__ = [
     "reorder_cache",
     "rewards_to_go",
     "sample",
+    "sample_beams",
     "score_answers",
     "simpo_loss",
     "temperature_softmax",

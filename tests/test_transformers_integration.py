@@ -285,6 +285,24 @@ def test_sampled_tokens_have_the_probabilities_of_generate(llama, fused):
     assert float(((counts - expected) ** 2 / expected).sum()) < 36.1
 
 
+def test_beams_are_sampled_as_generate_samples_them(llama, fused):
+    """Of 3,000 prompts each, the pairs of tokens: two-sample chi-square below its 99.9 % point."""
+    inputs = {name: value[:1].repeat(3000, 1) for name, value in prompts(llama).items()}
+    words = {"do_sample": True, "num_beams": 2, "max_new_tokens": 2, "top_k": 3, "temperature": 1.5}
+    words["custom_generate"] = fused.beam_search
+    ours = llama.generate(**inputs, **words, seed=torch.arange(3000))
+    assert torch.equal(ours, llama.generate(**inputs, **words, seed=torch.arange(3000)))
+    torch.manual_seed(0)
+    theirs = llama.generate(**inputs, **words | {"custom_generate": None})
+    pairs = [(x[:, -2] * VOCAB + x[:, -1]).bincount(minlength=VOCAB**2) for x in (ours, theirs)]
+    common = pairs[0] + pairs[1] >= 20
+    assert int(common.sum()) > 4  # it is a distribution that is compared
+    a, b = (x[common].double() for x in pairs)
+    degrees = int(common.sum()) - 1
+    bound = degrees + 3.1 * (2 * degrees) ** 0.5 + 6  # above the 99.9 % point for any of them
+    assert float(((a - b) ** 2 / (a + b)).sum()) < bound
+
+
 def test_seeds_of_sample(llama, fused):
     inputs = prompts(llama)
     words = {"do_sample": True, "max_new_tokens": 8, "custom_generate": fused.sample}
@@ -352,8 +370,6 @@ def test_causal_lm_loss(fused, count):
 def test_what_is_not_supported_says_so(llama, fused):
     inputs = prompts(llama)
     words = {"max_new_tokens": 2, "custom_generate": fused.beam_search, "num_beams": 2}
-    with pytest.raises(ValueError, match="do_sample=True with num_beams > 1"):
-        llama.generate(**inputs, **words, do_sample=True)
     for name in ("output_attentions", "output_hidden_states"):
         with pytest.raises(ValueError, match="are not supported here"):
             llama.generate(**inputs, **words, return_dict_in_generate=True, **{name: True})

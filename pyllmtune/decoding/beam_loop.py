@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyllmtune._backend import Backend
 from pyllmtune.decoding.hypotheses import EarlyStopping, Hypothesis, new_pool
+from pyllmtune.decoding.sample_beams import sample_beams
 from pyllmtune.decoding.search_tree import Recorder, SearchTree
 from pyllmtune.ops.beam_step import beam_step
 
@@ -31,6 +33,8 @@ class Settings:
     num_groups: int = 1
     diversity_penalty: float = 0.0
     temperature: float = 1.0
+    do_sample: bool = False
+    seeds: Tensor | None = None  # [items] int64, with do_sample
     backend: Backend = "auto"
 
     def check(self) -> None:
@@ -55,6 +59,8 @@ class Settings:
                 f"length_penalty={self.length_penalty} is too large for max_length="
                 f"{self.max_length}: the power of the length overflows; it is usually 0 to 2"
             )
+        if self.do_sample and self.num_groups > 1:
+            raise ValueError("do_sample draws from one group; leave out num_groups or do_sample")
         if self.diversity_penalty < 0:
             raise ValueError(f"diversity_penalty must be at least 0, got {self.diversity_penalty}")
 
@@ -103,6 +109,7 @@ class BeamLoop:
             settings.max_length,
         )
         self._recorder = Recorder(self._groups) if trees else None
+        self._steps = 0
 
     def run(self, logits: Tensor) -> None:
         """From the logits after the prompts to the end; ``[items * num_beams, V]``, of which the
@@ -139,7 +146,13 @@ class BeamLoop:
         s = self._settings
         if self._normalised:
             sums = sums + logits.logsumexp(-1).view_as(sums)  # beam_step will subtract it
-        found = beam_step(
+        if s.do_sample:
+            choose = partial(sample_beams, seed=s.seeds, position=self._steps)
+        else:
+            groups = {"num_groups": s.num_groups, "diversity_penalty": s.diversity_penalty}
+            choose = partial(beam_step, **groups)
+        self._steps += 1
+        found = choose(
             logits,
             sums.view(self._items, -1),
             num_beams=s.num_beams,
@@ -147,8 +160,6 @@ class BeamLoop:
             temperature=s.temperature,
             # of these at most one a beam and ending token ends: enough are left to run on
             num_candidates=max(2, 1 + len(s.eos)) * s.num_beams,
-            num_groups=s.num_groups,
-            diversity_penalty=s.diversity_penalty,
             backend=s.backend,
         )
         scores, tokens, parents, ends = (x.view(self._groups, -1) for x in found[:4])
@@ -157,6 +168,9 @@ class BeamLoop:
         if self._ends is not None:
             rows = (first + parents).clamp(min=0).flatten()  # an empty slot has parent 0, token -1
             ends = self._ends(rows, tokens.clamp(min=0).flatten()).view_as(ends)
+        if s.do_sample and self._steps < s.max_length:
+            scores, order = _finished_then_best(scores, ends, self._width)
+            tokens, parents, ends = (x.gather(-1, order) for x in (tokens, parents, ends))
         lists = [x.tolist() for x in (scores, tokens, parents)]
         step = self._pool.advance(*lists, ends.tolist())
         if self._recorder is not None:
@@ -168,3 +182,14 @@ class BeamLoop:
             torch.tensor(step.tokens, device=first.device),
             torch.tensor(step.sums, device=first.device, dtype=torch.float32).view_as(sums),
         )
+
+
+def _finished_then_best(scores: Tensor, ends: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Drawn candidates as Transformers takes them: what ends must be among the first ``width``
+    drawn; of the others the best run on. Their scores and order.
+    """
+    early = torch.arange(scores.shape[-1], device=scores.device) < width
+    scores = torch.where(ends & ~early, -math.inf, scores)
+    key = torch.where(ends & early, math.inf, scores)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    return scores.gather(-1, order), order

@@ -13,6 +13,7 @@ from pyllmtune import _checks
 from pyllmtune._backend import Backend
 from pyllmtune.decoding.beam_loop import BeamLoop, Settings
 from pyllmtune.decoding.hypotheses import EarlyStopping
+from pyllmtune.decoding.sample_beams import seeds_of
 from pyllmtune.decoding.search_tree import SearchTree
 
 
@@ -77,6 +78,9 @@ def beam_search(
     num_groups: int = 1,
     diversity_penalty: float = 0.0,
     temperature: float = 1.0,
+    do_sample: bool = False,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
     return_trees: bool = False,
     backend: Backend = "auto",
 ) -> BeamSearchOutput:
@@ -111,6 +115,11 @@ def beam_search(
             ``diversity_penalty`` each time an earlier group has chosen it at this step. The
             penalty guides the choice alone, sums and scores are of log-probs.
         temperature: as in ``beam_step``.
+        do_sample: candidates are drawn without replacement (``sample_beams``) in place of the best;
+            those that end among the first ``num_beams`` drawn are finished, the best of the others
+            run on, as in Transformers.
+        seed, generator: of ``do_sample``, as in ``sample_beams``: one seed for all prompts, or one
+            each, ``[B]``.
         return_trees: also what was looked at, for ``plot_search_tree``.
         backend: of ``beam_step``.
 
@@ -137,6 +146,8 @@ def beam_search(
     if start.dim() != 2:
         raise ValueError(f"start must be [B, T], got {list(start.shape)}")
     eos = _as_ids(eos_token_id)
+    if not do_sample and (seed is not None or generator is not None):
+        raise ValueError("seed and generator are for do_sample=True; leave them out otherwise")
     settings = Settings(
         num_beams=num_beams,
         max_length=max_length,
@@ -147,6 +158,8 @@ def beam_search(
         num_groups=num_groups,
         diversity_penalty=diversity_penalty,
         temperature=temperature,
+        do_sample=do_sample,
+        seeds=seeds_of(seed, generator, start.shape[0], start.device) if do_sample else None,
         backend=backend,
     )
     settings.check()

@@ -100,7 +100,7 @@ def beam_step(
     """
     _checks.check_logits("logits", logits)
     device, vocab = logits.device, logits.shape[-1]
-    _at_least_one("num_beams", num_beams)
+    at_least_one("num_beams", num_beams)
     lead = logits.shape[:-1]
     by_item = len(lead) == 2 and lead[1] == num_beams
     if not by_item and not (len(lead) == 1 and lead[0] % num_beams == 0):
@@ -111,14 +111,14 @@ def beam_step(
     rows = logits.detach().unflatten(0, (-1, num_beams)) if not by_item else logits.detach()
     batch = rows.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scores = _of_beams("beam_scores", beam_scores, batch, num_beams, device).detach().to(dtype)
+    scores = of_beams("beam_scores", beam_scores, batch, num_beams, device).detach().to(dtype)
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        temperature = _of_beams("temperature", temperature, batch, num_beams, device)
+        temperature = of_beams("temperature", temperature, batch, num_beams, device)
     scalar, per_row = _checks.split_temperature(temperature, torch.Size((batch, num_beams)), device)
-    eos = _as_ids(eos_token_id, device)
+    eos = as_ids(eos_token_id, device)
     if num_candidates is None:
         num_candidates = num_beams * max(2, 1 + (0 if eos is None else eos.numel()))
-    _at_least_one("num_candidates", num_candidates)
+    at_least_one("num_candidates", num_candidates)
     _check_groups(num_beams, num_candidates, num_groups, diversity_penalty, widths)
     limits = {"off": num_beams, "dtype": torch.int64, "least": 0, "most": num_beams}
     if widths is not None and not isinstance(widths, Tensor):
@@ -147,12 +147,12 @@ def beam_step(
     )
 
 
-def _at_least_one(name: str, value: object) -> None:
+def at_least_one(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def _of_beams(name: str, value: Tensor, batch: int, num_beams: int, device: torch.device) -> Tensor:
+def of_beams(name: str, value: Tensor, batch: int, num_beams: int, device: torch.device) -> Tensor:
     """``[batch, num_beams]`` from that or ``[batch * num_beams]``."""
     _checks.check_tensor(name, value, _checks.FLOATS)
     if tuple(value.shape) not in ((batch, num_beams), (batch * num_beams,)):
@@ -165,7 +165,7 @@ def _of_beams(name: str, value: Tensor, batch: int, num_beams: int, device: torc
     return value.reshape(batch, num_beams)
 
 
-def _as_ids(ids: int | Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+def as_ids(ids: int | Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
     if ids is None:
         return None
     if isinstance(ids, Tensor):
@@ -186,7 +186,7 @@ def _check_groups(
     diversity_penalty: float,
     widths: Tensor | None,
 ) -> None:
-    _at_least_one("num_groups", num_groups)
+    at_least_one("num_groups", num_groups)
     if num_beams % num_groups or num_candidates % num_groups:
         raise ValueError(
             "num_groups must divide num_beams and num_candidates, got "

@@ -21,6 +21,7 @@ from transformers.generation import (
 )
 
 from pyllmtune.decoding.beam_loop import BeamLoop, Settings
+from pyllmtune.decoding.sample_beams import seeds_of
 from pyllmtune.integrations.transformers.runner import Runner, refuse
 from pyllmtune.integrations.transformers.sampling import sample
 from pyllmtune.ops.temperature_softmax import temperature_softmax
@@ -32,6 +33,7 @@ def beam_search(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    seed: int | Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateBeamDecoderOnlyOutput | GenerateBeamEncoderDecoderOutput:
     """Beam search as ``generate(num_beams=...)`` does it, on ``beam_step``: the same sequences and
@@ -42,17 +44,21 @@ def beam_search(
     transformers' where two sums are within rounding, or where fewer continuations than beams are
     possible at all. The returned cache is None: that of the beams which lost is of no use.
 
+    With ``do_sample=True`` candidates are drawn without replacement by ``sample_beams``, from the
+    distribution that transformers draws from; ``generate(..., seed=...)``, one or ``[B]`` int64,
+    makes them reproducible, and without it they are those of torch's generator.
+
     Raises:
-        ValueError: sampling with beams, attentions or hidden states are asked for.
+        ValueError: attentions or hidden states are asked for.
         RuntimeError: a method of the model that this needs is not there.
     """
     config = generation_config
     if config.num_beams == 1:
-        return sample(model, input_ids, logits_processor, stopping_criteria, config, **model_kwargs)
-    if config.do_sample:
-        raise ValueError("do_sample=True with num_beams > 1 is not supported; set one of them")
+        arguments = (model, input_ids, logits_processor, stopping_criteria, config)
+        return sample(*arguments, seed=seed, **model_kwargs)
     refuse(model, config)
     beams, prompt = config.num_beams, input_ids.shape[1]
+    items = input_ids.shape[0] // beams
     runner = Runner(model, input_ids, model_kwargs, config)
     all_scores: list[Tensor] = []
     all_logits: list[Tensor] = []
@@ -79,11 +85,13 @@ def beam_search(
         eos=eos,
         length_penalty=config.length_penalty,
         early_stopping=config.early_stopping,
+        do_sample=bool(config.do_sample),
+        seeds=seeds_of(seed, None, items, input_ids.device) if config.do_sample else None,
     )
     settings.check()
     usual = (MaxLengthCriteria, EosTokenCriteria)
     loop = BeamLoop(
-        input_ids.shape[0] // beams,
+        items,
         settings,
         lambda rows, tokens: scored(runner.step(rows, tokens)),
         # others may end a sequence for any reason: they are shown every candidate
