@@ -123,10 +123,12 @@ SCHEMAS = {
 COMPOSED = {
     "linear_token_logprobs": f"({_LINEAR_INPUTS})"
     " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
-    # a gradient that is not wanted is returned empty
+    # [4, N] = (max, sum, weighted, target logit): what the shards of a vocabulary are joined from
+    "linear_token_logprobs_stats": f"({_LINEAR_INPUTS}) -> Tensor",
+    # a gradient that is not wanted is returned empty; wide_hidden: that of hidden in float32
     "linear_token_logprobs_backward": f"({_LINEAR_INPUTS}, Tensor entropy, Tensor stats,"
     " Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp,"
-    " bool hidden_gradient, bool weight_gradient, bool bias_gradient)"
+    " bool hidden_gradient, bool weight_gradient, bool bias_gradient, bool wide_hidden=False)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 }
 

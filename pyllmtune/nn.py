@@ -1,5 +1,5 @@
 """Every loss as a module, for people who compose modules: options in the constructor, tensors in
-``forward``.
+``forward``. And the lm_head as one, for what wraps modules: FSDP2, DDP.
 
 The options, their defaults and their meaning are those of the function of the same name.
 """
@@ -24,9 +24,61 @@ from pyllmtune.losses.reinforce import reinforce_loss
 from pyllmtune.losses.sequences import Reduction
 from pyllmtune.losses.value import Aggregation as ValueAggregation
 from pyllmtune.losses.value import ValueLossOutput, value_loss
+from pyllmtune.ops.linear_token_logprobs import linear_token_logprobs
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
+from pyllmtune.ops.token_logprobs import TokenLogprobs
 
 _DEFAULT = PolicyLossConfig()
+
+
+class LogprobHead(nn.Module):
+    """``linear_token_logprobs`` over the parameters of an ``nn.Linear``, the lm_head.
+
+    Put it where the head was, or beside it: its parameters *are* those of ``linear``, so a tied
+    embedding stays tied and one step of an optimiser moves all. ``state_dict`` has ``weight`` and,
+    if there is one, ``bias``, as that of ``linear``: checkpoints fit both ways.
+
+    Args:
+        linear: ``nn.Linear(D, V)``; its parameters may be DTensors.
+        logit_scale, softcap, backend: as of ``linear_token_logprobs``.
+
+    Raises:
+        TypeError: ``linear`` is not an ``nn.Linear``.
+
+    >>> import torch
+    >>> head = LogprobHead(torch.nn.Linear(2, 3, bias=False))
+    >>> head(torch.zeros(1, 2), torch.tensor([1])).logprobs.exp()
+    tensor([0.3333], grad_fn=<ExpBackward0>)
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        super().__init__()
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.logit_scale, self.softcap, self.backend = logit_scale, softcap, backend
+
+    def forward(self, hidden: Tensor, tokens: Tensor, **options: Any) -> TokenLogprobs:
+        """``options``: temperature, mask, kept, process_group, vocab_start, workspace_bytes."""
+        fixed = {name: getattr(self, name) for name in ("logit_scale", "softcap", "backend")}
+        return linear_token_logprobs(
+            hidden, self.weight, tokens, bias=self.bias, **fixed, **options
+        )
+
+    def extra_repr(self) -> str:
+        vocab, width = self.weight.shape
+        return (
+            f"{width}, {vocab}, bias={self.bias is not None}, logit_scale={self.logit_scale}, "
+            f"softcap={self.softcap}, backend={self.backend!r}"
+        )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -170,7 +170,8 @@ def test_opcheck(floor, optional):
     plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
     _, entropy, _, stats = _ops.handle("linear_token_logprobs", floor)(*plain)
     upstream = [torch.randn(4) for _ in range(3)]
-    for wanted in ((True, True, optional), (True, False, False), (False, True, False)):
+    check(_ops.handle("linear_token_logprobs_stats", floor), plain)
+    for wanted in ((True, True, optional), (True, False, False, True), (False, True, False)):
         backward = (*plain, entropy, stats, *upstream, *wanted)
         check(_ops.handle("linear_token_logprobs_backward", floor), backward)
     bias = torch.randn(32) if optional else None

@@ -114,10 +114,10 @@ class Head:
         )
 
 
-def forward(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy, logsumexp ``[N]`` and stats ``[2, N]`` = (max, sum)."""
+def score(head: Head) -> Tensor:
+    """``[7, N]``: log-prob, entropy, logsumexp, then max, sum, weighted sum, target's logit."""
     rows = None if head.mask is None else head.mask.nonzero()[:, 0]
-    out = head.hidden.new_zeros(5, head.hidden.shape[0], dtype=head.dtype)
+    out = head.hidden.new_zeros(7, head.hidden.shape[0], dtype=head.dtype)
     space = None
     for begin, end, index in head.chunks(rows):
         x = head.hidden[index]
@@ -129,8 +129,19 @@ def forward(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for first, last in head.columns():
             tile = head.logits(x, first, last, space)
             head.call("tile", tile, first, index, running, scores)
-        out[:, index] = torch.cat((scores, running[:2]))
-    return out[0].clone(), out[1].clone(), out[2].clone(), out[3:].clone()
+        out[:, index] = torch.cat((scores, running))
+    return out
+
+
+def forward(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy, logsumexp ``[N]`` and stats ``[2, N]`` = (max, sum)."""
+    out = score(head)
+    return out[0].clone(), out[1].clone(), out[2].clone(), out[3:5].clone()
+
+
+def shard_stats(head: Head) -> Tensor:
+    """``[4, N]``: max, sum, weighted sum, and the target's logit or NaN if it is not here."""
+    return score(head)[3:].clone()
 
 
 def backward(
@@ -139,8 +150,11 @@ def backward(
     stats: Tensor,
     upstream: tuple[Tensor, ...],
     wanted: tuple[bool, bool, bool],
+    wide_hidden: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; those that are not wanted are empty."""
+    """Gradients of hidden, weight and bias; those that are not wanted are empty. The first is
+    rounded to the dtype of hidden, unless it is wanted wide.
+    """
     hidden, weight, bias = head.hidden, head.weight, head.bias
     idle = sum(grad != 0 for grad in upstream) == 0  # NaN counts
     if head.mask is not None:
@@ -176,9 +190,10 @@ def backward(
         if wanted[1] and live.shape[0] > 0:
             grad_weight[first:last] = partial[: last - first]
     if wanted[0]:
-        grad_hidden = grad_hidden.to(hidden.dtype)
+        grad_hidden = grad_hidden if wide_hidden else grad_hidden.to(hidden.dtype)
         if rows is not None:
-            grad_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_hidden)
+            every_row = grad_hidden.new_zeros(hidden.shape)
+            grad_hidden = every_row.index_copy_(0, rows, grad_hidden)
     return grad_hidden, grad_weight, grad_bias if bias is not None else grad_bias[:0]
 
 
@@ -189,13 +204,18 @@ def register(floor: str) -> None:
         with torch.autocast(args[0].device.type, enabled=False):
             return forward(Head(floor, *args))
 
+    def run_stats(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return shard_stats(Head(floor, *args))
+
     def run_backward(*args: Any) -> Any:
         inputs, (entropy, stats), rest = args[:10], args[10:12], args[12:]
         with torch.autocast(args[0].device.type, enabled=False):
-            return backward(Head(floor, *inputs), entropy, stats, rest[:3], rest[3:])
+            return backward(Head(floor, *inputs), entropy, stats, rest[:3], rest[3:6], *rest[6:])
 
     for word, run in (
         ("linear_token_logprobs", run_forward),
+        ("linear_token_logprobs_stats", run_stats),
         ("linear_token_logprobs_backward", run_backward),
     ):
         for device in ("CPU", "CUDA"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ from torch.autograd.function import once_differentiable
 from pyllmtune import _backend, _checks, _ops
 from pyllmtune._backend import Backend
 from pyllmtune.kept import KeptTokens
+from pyllmtune.ops import linear_shards as shards
 from pyllmtune.ops import linear_tiles as tiles
 from pyllmtune.ops.kept_logits import kept_logits
 from pyllmtune.ops.kept_token_logprobs import check_kept, kept_token_logprobs
 from pyllmtune.ops.token_logprobs import TokenLogprobs
 from pyllmtune.reference import linear_token_logprobs as reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_token_logprobs(
@@ -30,6 +34,8 @@ def linear_token_logprobs(
     softcap: float | None = None,
     mask: Tensor | None = None,
     kept: KeptTokens | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> TokenLogprobs:
@@ -51,7 +57,9 @@ def linear_token_logprobs(
 
     Args:
         hidden: ``[..., D]``, float16, bfloat16, float32 or float64.
-        weight: ``[V, D]``, the lm_head, in the dtype of ``hidden``.
+        weight: ``[V, D]``, the lm_head, in the dtype of ``hidden``. A DTensor sharded by rows over
+            a 1-d mesh brings ``process_group`` and ``vocab_start`` with it, and ``bias`` is then
+            placed alike; other tensors may be replicated DTensors.
         tokens: ``[...]``, int64 or int32, in ``[0, V)`` wherever the mask selects.
         bias: ``[V]``; -inf forbids a token.
         temperature: positive scalar, or one per token ``[...]``.
@@ -61,7 +69,14 @@ def linear_token_logprobs(
             they hold. On a GPU the number of selected rows is read by the host.
         kept: the tokens that a sampler kept, as of ``token_logprobs``: their distribution alone, by
             a dot product for each; of large sets by a matmul, which rounds otherwise. The gradient
-            of ``weight`` is 0 in rows that nobody kept. Not for ``workspace_bytes``.
+            of ``weight`` is 0 in rows that nobody kept. Not for ``workspace_bytes`` or shards.
+        process_group: ``weight`` and ``bias`` are this rank's rows of a head that is sharded over
+            the ranks of this group; shards may differ in size and be empty, and do not overlap.
+            Every rank calls with the same ``hidden``, ``tokens`` and options, gets the same results
+            bit for bit, and must hand back the same upstream gradients; each then has the gradient
+            of its own shard and the whole gradient of ``hidden``. One all-gather of four floats a
+            token, and in backward one all-reduce. See docs/distributed.md.
+        vocab_start: token id of the first row of this rank's ``weight``.
         workspace_bytes: bound of the memory for tiles of logits and their gradient, 32 MiB by
             default (512 MiB on a GPU). Backward also holds the gradient of ``hidden`` and of one
             tile of ``weight`` in float32.
@@ -75,8 +90,8 @@ def linear_token_logprobs(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices differ, D or V is 0, a number is out of its range, or (on the
-            CPU, outside ``torch.compile``) an unmasked token is not in ``[0, V)``; elsewhere such a
-            token turns its own row into NaN.
+            CPU, outside ``torch.compile``) an unmasked token is not in ``[0, V)``, or not in
+            exactly one shard; elsewhere such a token turns its own row into NaN.
 
     >>> import torch
     >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
@@ -94,6 +109,8 @@ def linear_token_logprobs(
         softcap=softcap,
         mask=mask,
         kept=kept,
+        process_group=process_group,
+        vocab_start=vocab_start,
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
@@ -111,6 +128,8 @@ def score_hidden(
     softcap: float | None,
     mask: Tensor | None = None,
     kept: KeptTokens | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     workspace_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[TokenLogprobs, Tensor | None]:
@@ -119,12 +138,21 @@ def score_hidden(
     """
     _checks.check_tensor("hidden", hidden, _checks.FLOATS)
     _checks.check_tensor("weight", weight, _checks.FLOATS)
+    hidden, tokens = shards.whole("hidden", hidden), shards.whole("tokens", tokens)
+    mask, temperature = shards.whole("mask", mask), shards.whole("temperature", temperature)
+    weight, bias, process_group, vocab_start = shards.of_rank(
+        weight, bias, process_group, vocab_start
+    )
     device, shape = hidden.device, hidden.shape[:-1]
     hidden, weight = _autocast(hidden, weight)
-    _check_head(hidden, weight)
+    sharded = process_group is not None
+    _check_head(hidden, weight, 0 if sharded else 1)
     select = _checks.as_mask(mask, shape, device, "the leading shape of hidden")
-    # the logits that are never made: a view of one number
-    _checks.check_tokens(tokens, weight.new_empty(()).expand(*shape, weight.shape[0]), select)
+    if sharded:  # what V is comes to light when the shards are merged
+        _checks.check_tensor("tokens", tokens, (torch.int64, torch.int32))
+        _checks.check_like("tokens", tokens, shape, device, "the leading shape of hidden")
+    else:  # the logits that are never made: a view of one number
+        _checks.check_tokens(tokens, weight.new_empty(()).expand(*shape, weight.shape[0]), select)
     scalar, per_row = _checks.split_temperature(temperature, shape, device)
     wide = tiles.accumulator(hidden.dtype)
     if bias is not None:
@@ -136,6 +164,8 @@ def score_hidden(
     if kept is not None:
         if workspace_bytes is not None:
             raise ValueError("workspace_bytes bounds tiles of whole rows; leave it out with kept=")
+        if sharded:
+            raise ValueError("kept= needs the whole weight, got a shard; gather it for this call")
         check_kept(kept, tokens.numel(), weight.shape[0], device)
         rows = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, kept)
         flat_mask = None if select is None else select.reshape(-1).contiguous()
@@ -150,11 +180,7 @@ def score_hidden(
         )
         return TokenLogprobs(*(score.reshape(shape) for score in scores)), None
 
-    operator = floor != "reference"
-    run = (
-        _ops.handle("linear_token_logprobs", floor) if operator else reference.linear_token_logprobs
-    )
-    results = run(
+    arguments = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         tokens.reshape(-1).contiguous().long(),
@@ -166,8 +192,14 @@ def score_hidden(
         None if select is None else select.reshape(-1),
         _check_workspace(workspace_bytes, device, hidden.dtype),
     )
+    if process_group is not None:
+        results = shards.score_shards(floor, process_group, vocab_start, arguments)
+    elif floor == "reference":
+        results = reference.linear_token_logprobs(*arguments)
+    else:
+        results = _ops.handle("linear_token_logprobs", floor)(*arguments)
     scores = TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
-    return scores, results[3][1] if operator else None
+    return scores, results[3][1] if len(results) == 4 else None
 
 
 def _head_of_kept(
@@ -197,12 +229,12 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def _check_head(hidden: Tensor, weight: Tensor) -> None:
+def _check_head(hidden: Tensor, weight: Tensor, least: int) -> None:
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must be [..., D] with D at least 1, got {list(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or weight.shape[0] < least or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight must be [V, {hidden.shape[-1]}] with V at least 1, as hidden is "
+            f"weight must be [V, {hidden.shape[-1]}] with V at least {least}, as hidden is "
             f"{list(hidden.shape)}; got {list(weight.shape)}"
         )
     if weight.dtype != hidden.dtype:
@@ -243,14 +275,20 @@ def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     return (*one, hidden.new_empty((2, rows), dtype=dtype))
 
 
+def _fake_stats(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty((4, hidden.shape[0]), dtype=tiles.accumulator(hidden.dtype))
+
+
 def _fake_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    of_hidden, of_weight, of_bias = rest[-3:]
+    of_hidden, of_weight, of_bias, *wide_hidden = rest[13:]
+    wide = tiles.accumulator(hidden.dtype)
     return (
-        hidden.new_empty(hidden.shape if of_hidden else (0, hidden.shape[1])),
-        weight.new_empty(weight.shape if of_weight else (0,)),
-        weight.new_empty(
-            weight.shape[:1] if of_bias else (0,), dtype=tiles.accumulator(weight.dtype)
+        hidden.new_empty(
+            hidden.shape if of_hidden else (0, hidden.shape[1]),
+            dtype=wide if any(wide_hidden) else hidden.dtype,
         ),
+        weight.new_empty(weight.shape if of_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if of_bias else (0,), dtype=wide),
     )
 
 
@@ -263,13 +301,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _register(floor: str) -> None:
-    forward, backward = (
-        f"{_ops.NAMESPACE}::{_ops.op_name(word, floor)}"
-        for word in ("linear_token_logprobs", "linear_token_logprobs_backward")
-    )
-    tile, tile_backward = (
-        f"{_ops.NAMESPACE}::{_ops.op_name(word, floor)}"
-        for word in ("linear_token_logprobs_tile", "linear_token_logprobs_tile_backward")
+    forward, backward, stats, tile, tile_backward = (
+        f"{_ops.NAMESPACE}::{_ops.op_name('linear_token_logprobs' + suffix, floor)}"
+        for suffix in ("", "_backward", "_stats", "_tile", "_tile_backward")
     )
 
     @once_differentiable
@@ -288,6 +322,7 @@ def _register(floor: str) -> None:
 
     torch.library.register_fake(forward, _fake_forward, lib=_ops.LIBRARY)
     torch.library.register_fake(backward, _fake_backward, lib=_ops.LIBRARY)
+    torch.library.register_fake(stats, _fake_stats, lib=_ops.LIBRARY)
     torch.library.register_fake(tile, lambda *args: None, lib=_ops.LIBRARY)
     torch.library.register_fake(tile_backward, lambda *args: None, lib=_ops.LIBRARY)
     torch.library.register_autograd(forward, gradient, setup_context=_save, lib=_ops.LIBRARY)
