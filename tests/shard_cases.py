@@ -207,7 +207,7 @@ def one_all_gather_of_four_floats_and_one_all_reduce(rank, world):
 
     with counted("all_gather"), counted("all_reduce"):
         shard(operands, torch.ones(3, N), *cuts(world)[rank])
-    wanted = [("all_gather", (4, N), torch.float32), ("all_reduce", (N, D), torch.float32)]
+    wanted = [("all_gather", (4, N + 1), torch.float32), ("all_reduce", (N, D), torch.float32)]
     assert calls == wanted, calls
 
 
@@ -250,6 +250,22 @@ def a_token_outside_every_shard_is_refused_by_all_ranks(rank, world):
     assert all(f"got {token}" in text for token, text in zip((-1, V, 2**40), said, strict=True))
     assert f"[{begin}, {end})" in said[0] and "in none or in several" in overlapping
     assert masked == ""
+
+
+@case
+def other_tokens_on_some_rank_are_refused_by_all_ranks(rank, world):
+    """As when a data-parallel trainer hands over FSDP2's shards: same shapes, other data."""
+    hidden, weight, tokens = head((6,), D, V)
+    begin, end = cuts(world)[rank]
+    group = {"process_group": distributed.group.WORLD, "vocab_start": begin}
+    said = []
+    for other in (tokens.roll(1), tokens.where(torch.arange(6) > 0, (tokens + 1) % V)):
+        ids = other if rank == 1 else tokens
+        try:
+            linear_token_logprobs(hidden, weight[begin:end], ids, **group)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) == 2 and all("must be the same on every rank" in text for text in said)
 
 
 @case

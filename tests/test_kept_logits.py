@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyllmtune import KeptTokens, linear_token_logprobs, sample, token_logprobs
-from pyllmtune.ops import kept_logits_dense
+from pyllmtune.ops import kept_logits_dense, linear_tiles
 from pyllmtune.ops.kept_logits import kept_logits
 from tests import helpers
 
@@ -249,3 +249,14 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=match):
             linear_token_logprobs(hidden, weight, tokens, kept=bad, **options)
+
+
+def test_autocast_does_not_round_the_matmul(always_by_matmul, monkeypatch):
+    """Of a floor that multiplies by torch.mm."""
+    helpers.need("cpp")
+    hidden, weight, kept = random_case(5, 30, 40, torch.bfloat16)
+    monkeypatch.setattr(linear_tiles._backend, "why_not", lambda *_: "here it is torch's")
+    want = kept_logits(hidden, weight, kept, None, "cpp")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = kept_logits(hidden, weight, kept, None, "cpp")
+    assert torch.equal(got, want)

@@ -210,7 +210,7 @@ def test_token_out_of_range_below_python_poisons_its_row(backend):
             assert value[1].isnan() and value[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ("reference", "cpp"))
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
 @pytest.mark.parametrize("frozen", ("hidden", "weight"))
 def test_frozen_operands_get_no_gradient(backend, frozen):
     hidden, weight, tokens = head((4,), 6, 50)
@@ -223,41 +223,47 @@ def test_frozen_operands_get_no_gradient(backend, frozen):
     assert torch.equal(moving.grad, by_weight if frozen == "hidden" else by_hidden)
 
 
-def test_tied_embedding():
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_tied_embedding(backend):
     """One matrix at both ends of a model: its two gradients add up."""
     table = torch.randn(60, 12, requires_grad=True)
     tokens = torch.randint(0, 60, (2, 6))
     hidden = torch.tanh(table[tokens[:, :-1]])
-    ours = linear_token_logprobs(hidden, table, tokens[:, 1:]).logprobs.sum()
+    options = {"backend": helpers.use(backend)}
+    ours = linear_token_logprobs(hidden, table, tokens[:, 1:], **options).logprobs.sum()
     eager = token_logprobs(hidden @ table.T, tokens[:, 1:]).logprobs.sum()
     (got,) = torch.autograd.grad(ours, table, retain_graph=True)
     (want,) = torch.autograd.grad(eager, table)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_retain_graph_and_checkpointing_give_the_same_gradients():
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_retain_graph_and_checkpointing_give_the_same_gradients(backend):
     hidden, weight, tokens = head((5,), 6, 90)
     hidden, weight = leaf(hidden), leaf(weight)
-    loss = linear_token_logprobs(hidden, weight, tokens).logprobs.sum()
+    helpers.use(backend)
+    loss = linear_token_logprobs(hidden, weight, tokens, backend=backend).logprobs.sum()
     want = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     again = torch.autograd.grad(loss, (hidden, weight))
 
     def score(x: Tensor) -> Tensor:
-        return linear_token_logprobs(x, weight, tokens).logprobs.sum()
+        return linear_token_logprobs(x, weight, tokens, backend=backend).logprobs.sum()
 
     kept = torch.autograd.grad(checkpoint(score, hidden, use_reentrant=False), (hidden, weight))
     for got in (again, kept):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_autocast_casts_as_a_linear_layer_would():
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_autocast_casts_as_a_linear_layer_would(backend):
+    """And rounds nothing else: not the logits, as a matmul inside autocast would."""
     hidden, weight, tokens = head((4,), 16, 80)
     leaves = leaf(hidden), leaf(weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = linear_token_logprobs(*leaves, tokens)
-        grads = torch.autograd.grad(out.logprobs.sum(), leaves)
+        out = linear_token_logprobs(*leaves, tokens, backend=helpers.use(backend))
+    grads = torch.autograd.grad(out.logprobs.sum(), leaves)
     rounded = [value.bfloat16() for value in (hidden, weight)]
-    want, expected = run("auto", *rounded, tokens, torch.eye(3)[0, :, None].expand(3, 4))
+    want, expected = run(backend, *rounded, tokens, torch.eye(3)[0, :, None].expand(3, 4))
     assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
     for grad, truth in zip(grads, expected, strict=True):
         assert grad.dtype == torch.float32 and torch.equal(grad, truth.float())

@@ -119,6 +119,32 @@ for tied in (False, True):
 
 
 @case
+def fsdp_over_a_sharded_vocabulary(rank, world):
+    """A mesh of data by tensor parallel ranks: the head's DTensor over one axis, FSDP2 over the
+    other.
+    """
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    models = [Policy(tied=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    data, groups = batches(2 * world), world // 2
+    want = torch.stack(train(models[0], data, slice(None), 1))
+    top = models[1].lm_head
+    for name, value in list(top.named_parameters()):
+        part = distribute_tensor(value.detach(), mesh["tensor"], [Shard(0)])
+        top.register_parameter(name, nn.Parameter(part))
+    for part in (models[1].body, top, models[1]):
+        fully_shard(part, mesh=mesh["data"])
+    each = 4  # sequences: 2 * world over world / 2 groups
+    first = mesh["data"].get_local_rank() * each
+    got = torch.stack(train(models[1], data, slice(first, first + each), groups))
+    distributed.all_reduce(got, group=mesh["data"].get_group())
+    state = {name: value.full_tensor() for name, value in models[1].state_dict().items()}
+    close(got, want, 1e-6, "losses")
+    for name, value in models[0].state_dict().items():
+        close(state[name], value, 1e-6, name)
+
+
+@case
 def fsdp_in_bfloat16_is_the_op_in_bfloat16(rank, world):
     """Parameters gathered in bfloat16: the head takes them as they are."""
     linear = nn.Linear(WIDTH, VOCAB)
@@ -189,6 +215,25 @@ def dtensor_hidden_and_head_module(rank, world):
         close(got, expected, 1e-6, "results")
     assert isinstance(replicated.grad, DTensor) and module.weight.grad.placements == (Shard(0),)
     assert replicated.grad.to_local().any()
+
+
+@case
+def dtensor_weights_compile_without_a_graph_break(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    hidden, weight, tokens = head((5,), 6, 61)
+    results = []
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        out = linear_token_logprobs(torch.tanh(x), w, tokens)
+        return (out.logprobs - 0.1 * out.entropy).sum()
+
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaves = leaf(hidden), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        loss = function(*leaves)
+        by_hidden, by_weight = torch.autograd.grad(loss, leaves)
+        results.append((loss, by_hidden, by_weight.to_local()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @case

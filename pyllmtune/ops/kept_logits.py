@@ -30,7 +30,8 @@ def kept_logits(
         return run(*operands, *sets, mask)
     if mask is not None:  # a matmul reads every row
         operands = (torch.where(mask[:, None], operands[0], 0), operands[1])
-    return dense.DenseKeptLogits.apply(*operands, *sets)
+    with torch.autocast(hidden.device.type, enabled=False):  # operands have the dtype they keep
+        return dense.DenseKeptLogits.apply(*operands, *sets)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

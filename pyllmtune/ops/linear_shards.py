@@ -2,9 +2,10 @@
 reach it by ``linear_token_logprobs(..., process_group=)`` or by a weight that is a DTensor.
 
 Forward: four numbers a row and rank, (max, sum, weighted sum, target's logit), one all-gather, and
-a merge in the order of the ranks, so every rank holds the same bits. Backward: the operator's own,
-on the shard, from the merged numbers; the hidden states' gradient is then a sum over the shards,
-one all-reduce before it is rounded.
+a merge in the order of the ranks, so every rank holds the same bits. One column more says which
+tokens a rank scored; if they differ, all is NaN, or on the CPU an error. Backward: the operator's
+own, on the shard, from the merged numbers; the hidden states' gradient is then a sum over the
+shards, one all-reduce before it is rounded.
 """
 
 from __future__ import annotations
@@ -92,13 +93,16 @@ class _Sharded(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         here = tokens - start
         numbers = (temperature, row_temperature, scale, cap, mask, space)
-        with torch.autocast(hidden.device.type, enabled=False):
-            stats = _run("linear_token_logprobs_stats", floor)(hidden, weight, here, bias, *numbers)
-            parts = [torch.empty_like(stats) for _ in range(distributed.get_world_size(group))]
-            distributed.all_gather(parts, stats, group=group)
-            inverse = 1 / (temperature if row_temperature is None else row_temperature)
-            scores, stats = merge(parts, inverse)
-        _check_found(tokens, start, weight.shape[0], mask, scores[0], stats[1])
+        stats = _run("linear_token_logprobs_stats", floor)(hidden, weight, here, bias, *numbers)
+        mark = _signature(tokens, mask).to(stats.dtype).expand(4, 1)
+        sent = torch.cat((stats, mark), 1)  # [4, N + 1]
+        parts = [torch.empty_like(sent) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(parts, sent, group=group)
+        alike = torch.stack([part[0, -1] == mark[0, 0] for part in parts]).all()
+        inverse = 1 / (temperature if row_temperature is None else row_temperature)
+        scores, stats = merge([part[:, :-1] for part in parts], inverse)
+        _check_found(tokens, start, weight.shape[0], mask, alike, scores[0], stats[1])
+        scores = tuple(torch.where(alike, score, math.nan) for score in scores)
         if mask is not None:
             scores = tuple(torch.where(mask, score, 0) for score in scores)
         ctx.mark_non_differentiable(stats)
@@ -124,16 +128,35 @@ class _Sharded(torch.autograd.Function):
         return (None, None, None, *(grad if want else None for grad, want in found), *(None,) * 7)
 
 
+def _signature(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """A number that float32 holds exactly and that ranks with other tokens hardly share."""
+    live = tokens if mask is None else torch.where(mask, tokens, 0)
+    place = torch.arange(1, tokens.shape[0] + 1, device=tokens.device) % 8191
+    return (live * place).sum() % 16_777_213  # primes; the second is below 2^24
+
+
 def _check_found(
-    tokens: Tensor, start: int, rows: int, mask: Tensor | None, logprobs: Tensor, total: Tensor
+    tokens: Tensor,
+    start: int,
+    rows: int,
+    mask: Tensor | None,
+    alike: Tensor,
+    logprobs: Tensor,
+    total: Tensor,
 ) -> None:
-    """The CPU's refusal of token ids out of range, which is known once the shards are merged: on
-    every rank, or on none.
+    """The CPU's refusal of tokens that differ between ranks or are out of range, which is known
+    once the shards are merged: on every rank, or on none.
     """
     if torch.compiler.is_compiling():
         return
     if tokens.device.type != "cpu" and os.environ.get(_checks.DEBUG_VARIABLE) != "1":
         return
+    if not alike:
+        raise ValueError(
+            "tokens must be the same on every rank of process_group, got others on this rank than "
+            "elsewhere. FSDP2's parameters are shards for other data on each rank: use "
+            "pyllmtune.nn.LogprobHead, which runs where they are whole"
+        )
     lost = logprobs.isnan() & ~total.isnan()
     if mask is not None:
         lost &= mask

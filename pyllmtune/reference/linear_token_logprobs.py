@@ -45,7 +45,8 @@ def _logits(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if mask is not None:  # a dead row's NaN reaches neither value nor gradient
         hidden = torch.where(mask[:, None], hidden, 0)
-    logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]  2 N D V operations, write N V
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round the product
+        logits = hidden.to(dtype) @ weight.to(dtype).T  # [N, V]  2 N D V operations, write N V
     if bias is not None:
         logits = logits + bias  # [N, V]
     logits = logits * logit_scale  # [N, V]
