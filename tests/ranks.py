@@ -1,7 +1,8 @@
 """Cases that need several processes: ``run`` starts the ranks of a gloo group once, each runs every
-case of a module, and what failed comes back by name.
+case of the modules, and what failed comes back by name.
 
-A case is a function ``case(rank, world)`` in the module's ``CASES``; it fails by raising. A wrong
+A case is a function ``case(rank, world)`` in a module's ``CASES``, or in ``SLOW_CASES``, which two
+ranks run and more do not; it fails by raising. A wrong
 number (AssertionError) on one rank leaves the others in step if it does so on all, or if the case's
 collectives came before; any other error ends its rank. A rank that waits for one that is gone, or
 for ever, fails by gloo's time limit, and all by that of ``run``.
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,14 +27,25 @@ ROOT = Path(__file__).resolve().parent.parent
 COLLECTIVE = datetime.timedelta(seconds=60)
 
 
-def run(module: str, world: int, folder: Path, seconds: float = 240) -> dict[str, str]:
+Case = Callable[[int, int], None]
+
+
+def cases(modules: tuple[str, ...], world: int) -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for module in map(importlib.import_module, modules):
+        found |= module.CASES | (getattr(module, "SLOW_CASES", {}) if world == 2 else {})
+    return found
+
+
+def run(modules: tuple[str, ...], world: int, folder: Path, seconds: float = 240) -> dict[str, str]:
     """What went wrong in each case, by name; "" is nothing. A case that a rank did not finish is
     not there.
     """
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     ranks, logs = [], [folder / f"{rank}.log" for rank in range(world)]
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", "tests.ranks", module, str(rank), str(world), str(folder)]
+        place = [str(rank), str(world), str(folder)]
+        command = [sys.executable, "-m", "tests.ranks", *place, *modules]
         with log.open("w") as output:
             options = {"cwd": ROOT, "env": os.environ | threads}
             ranks.append(
@@ -64,13 +77,13 @@ def run(module: str, world: int, folder: Path, seconds: float = 240) -> dict[str
     return report
 
 
-def main(module: str, rank: int, world: int, folder: Path) -> None:
+def main(rank: int, world: int, folder: Path, modules: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=COLLECTIVE
     )
     with (folder / f"{rank}.jsonl").open("w", buffering=1) as report:
-        for name, case in importlib.import_module(module).CASES.items():
+        for name, case in cases(modules, world).items():
             torch.manual_seed(0)  # the same tensors on every rank
             error = ""
             try:
@@ -85,4 +98,4 @@ def main(module: str, rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), tuple(sys.argv[4:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from unittest import mock
 
@@ -12,16 +11,17 @@ from torch import Tensor, distributed
 from torch.utils.checkpoint import checkpoint
 
 from pyllmtune import PolicyLossMetrics, linear_token_logprobs, policy_loss
+from tests.ranks import Case
 from tests.test_linear_token_logprobs import head, leaf
 
 N, D, V = 33, 20, 5003
 # of the largest value. bfloat16: results as in float32, their operands are the same; a logit's
 # gradient is rounded to bfloat16, where 1e-7 can decide between neighbours, and so is the sum: 2^-8
 TOLERANCE = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 2**-8)}
-CASES: dict[str, Callable[[int, int], None]] = {}
+CASES: dict[str, Case] = {}
 
 
-def case(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
+def case(function: Case) -> Case:
     CASES[function.__name__] = function
     return function
 
@@ -98,7 +98,7 @@ def compare(operands: tuple, bounds: tuple[int, int], upstream: Tensor, **rest) 
         assert part.numel() == 0 or (grad - part).abs().nan_to_num(0).max() <= scale, name
 
 
-def equals_one_process(backend: str, dtype: torch.dtype) -> Callable[[int, int], None]:
+def equals_one_process(backend: str, dtype: torch.dtype) -> Case:
     def run(rank: int, world: int) -> None:
         operands, upstream = head((N,), D, V, dtype), torch.randn(3, N)
         upstream *= torch.rand(N) > 0.3  # some rows have no gradient
@@ -269,6 +269,25 @@ def other_tokens_on_some_rank_are_refused_by_all_ranks(rank, world):
 
 
 @case
+def policy_metrics_are_reduced_by_one_sum_and_one_max(rank, world):
+    logprobs, old, ref = (-torch.rand(4 * world, 6) for _ in range(3))
+    advantages, mask = torch.randn(4 * world), torch.rand(4 * world, 6) > 0.2
+    tensors = (logprobs, old, advantages, mask)
+    want = policy_loss(*tensors, ref_logprobs=ref).metrics
+    mine = slice(4 * rank, 4 * rank + 4)
+    part: PolicyLossMetrics = policy_loss(
+        *(value[mine] for value in tensors), ref_logprobs=ref[mine]
+    ).metrics
+    with mock.patch.object(
+        distributed, "all_reduce", side_effect=distributed.all_reduce
+    ) as reductions:
+        got = part.all_reduce()
+    kinds = [call.args[1] for call in reductions.call_args_list]
+    assert kinds == [distributed.ReduceOp.SUM, distributed.ReduceOp.MAX]
+    torch.testing.assert_close(got.vector, want.vector)
+    assert set(got.to_dict()) == set(want.to_dict()) and got.to_dict()["tokens"] == mask.sum()
+
+
 def compiles_without_a_graph_break(rank, world):
     group, begin = distributed.group.WORLD, 30 * rank
 
@@ -298,21 +317,4 @@ def compiles_without_a_graph_break(rank, world):
             torch.testing.assert_close(a, b)
 
 
-@case
-def policy_metrics_are_reduced_by_one_sum_and_one_max(rank, world):
-    logprobs, old, ref = (-torch.rand(4 * world, 6) for _ in range(3))
-    advantages, mask = torch.randn(4 * world), torch.rand(4 * world, 6) > 0.2
-    tensors = (logprobs, old, advantages, mask)
-    want = policy_loss(*tensors, ref_logprobs=ref).metrics
-    mine = slice(4 * rank, 4 * rank + 4)
-    part: PolicyLossMetrics = policy_loss(
-        *(value[mine] for value in tensors), ref_logprobs=ref[mine]
-    ).metrics
-    with mock.patch.object(
-        distributed, "all_reduce", side_effect=distributed.all_reduce
-    ) as reductions:
-        got = part.all_reduce()
-    kinds = [call.args[1] for call in reductions.call_args_list]
-    assert kinds == [distributed.ReduceOp.SUM, distributed.ReduceOp.MAX]
-    torch.testing.assert_close(got.vector, want.vector)
-    assert set(got.to_dict()) == set(want.to_dict()) and got.to_dict()["tokens"] == mask.sum()
+SLOW_CASES = {f.__name__: f for f in (compiles_without_a_graph_break,)}

@@ -13,38 +13,52 @@ from pyllmtune import _ops, linear_token_logprobs
 from pyllmtune.nn import LogprobHead
 from pyllmtune.ops.linear_shards import merge
 from pyllmtune.reference import linear_token_logprobs as reference
-from tests import helpers, ranks, shard_cases, training_cases
+from tests import helpers, ranks
 from tests.test_linear_token_logprobs import head, leaf, run
 
 INF = math.inf
 
 
-MODULES = {"tests.shard_cases": shard_cases, "tests.training_cases": training_cases}
+MODULES = ("tests.shard_cases", "tests.training_cases")
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """The reports of the ranks, started once for each module and number of them."""
+    """The reports of the ranks, started once for each number of them."""
     found = {}
 
-    def report(module: str, world: int) -> dict[str, str]:
-        if (module, world) not in found:
+    def report(world: int) -> dict[str, str]:
+        if world not in found:
             folder = tmp_path_factory.mktemp(f"ranks{world}")
-            found[module, world] = ranks.run(module, world, folder)
-        return found[module, world]
+            found[world] = ranks.run(MODULES, world, folder)
+        return found[world]
 
     return report
 
 
-@pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.parametrize(
-    ("module", "name"), [(name, case) for name in MODULES for case in MODULES[name].CASES]
+    ("world", "name"), [(world, name) for world in (2, 4) for name in ranks.cases(MODULES, world)]
 )
-def test_ranks(reports, module, name, world):
+def test_ranks(reports, name, world):
     helpers.need("cpp")
-    report = reports(module, world)
+    report = reports(world)
     assert name in report, f"not every rank came to an end of it:\n{report['log']}"
     assert report[name] == "", report[name]
+
+
+def test_ranks_that_fail_hang_or_die_are_found_out(tmp_path):
+    report = ranks.run(("tests.planted_ranks",), 2, tmp_path)
+    said = {name: [f"rank {i}:" in report[name] for i in (0, 1)] for name in report}
+    assert said == {
+        "log": [True, True],
+        "right": [False, False],
+        "wrong_on_one": [False, True],
+        "waited_for_in_vain": [True, False],
+        "after_it": [False, True],  # rank 0 is gone
+    }
+    late = tmp_path / "late"
+    late.mkdir()
+    assert ranks.run(("tests.planted_ranks",), 2, late, seconds=0.1).keys() == {"log"}
 
 
 def shard_by_shard(backend: str, operands: tuple, upstream, cuts: list[int], rest: tuple):

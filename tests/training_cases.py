@@ -13,14 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyllmtune import PolicyLossConfig, linear_token_logprobs, policy_loss
 from pyllmtune.nn import LogprobHead
+from tests.ranks import Case
 from tests.shard_cases import close
 from tests.test_linear_token_logprobs import head, leaf
 
 STEPS, LENGTH, WIDTH, VOCAB = 4, 9, 12, 61
-CASES: dict[str, Callable[[int, int], None]] = {}
+CASES: dict[str, Case] = {}
 
 
-def case(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
+def case(function: Case) -> Case:
     CASES[function.__name__] = function
     return function
 
@@ -79,9 +80,7 @@ def train(model: nn.Module, data: list[dict[str, Tensor]], mine: slice, ranks: i
     return losses
 
 
-def wrapped_equals_one_process(
-    wrap: Callable[[Policy], nn.Module], tied: bool
-) -> Callable[[int, int], None]:
+def wrapped_equals_one_process(wrap: Callable[[Policy], nn.Module], tied: bool) -> Case:
     def run(rank: int, world: int) -> None:
         models = [Policy(tied) for _ in range(2)]
         models[1].load_state_dict(models[0].state_dict())
@@ -218,25 +217,6 @@ def dtensor_hidden_and_head_module(rank, world):
 
 
 @case
-def dtensor_weights_compile_without_a_graph_break(rank, world):
-    mesh = init_device_mesh("cpu", (world,))
-    hidden, weight, tokens = head((5,), 6, 61)
-    results = []
-
-    def step(x: Tensor, w: Tensor) -> Tensor:
-        out = linear_token_logprobs(torch.tanh(x), w, tokens)
-        return (out.logprobs - 0.1 * out.entropy).sum()
-
-    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
-        leaves = leaf(hidden), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-        loss = function(*leaves)
-        by_hidden, by_weight = torch.autograd.grad(loss, leaves)
-        results.append((loss, by_hidden, by_weight.to_local()))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@case
 def dtensors_placed_otherwise_are_refused(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     hidden, weight, tokens = head((world,), 4, 4 * world)
@@ -256,3 +236,24 @@ def dtensors_placed_otherwise_are_refused(rank, world):
         except ValueError as error:
             said = str(error)
         assert message in said, (message, said)
+
+
+def dtensor_weights_compile_without_a_graph_break(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    hidden, weight, tokens = head((5,), 6, 61)
+    results = []
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        out = linear_token_logprobs(torch.tanh(x), w, tokens)
+        return (out.logprobs - 0.1 * out.entropy).sum()
+
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaves = leaf(hidden), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        loss = function(*leaves)
+        by_hidden, by_weight = torch.autograd.grad(loss, leaves)
+        results.append((loss, by_hidden, by_weight.to_local()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+SLOW_CASES = {f.__name__: f for f in (dtensor_weights_compile_without_a_graph_break,)}
