@@ -121,14 +121,16 @@ SCHEMAS = {
 
 # operators whose kernel is Python on every floor: loops over the operators above and torch's
 COMPOSED = {
-    "linear_token_logprobs": f"({_LINEAR_INPUTS})"
-    " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
+    # logits: of some columns, for backward, if they are to be kept and the workspace has room
+    "linear_token_logprobs": f"({_LINEAR_INPUTS}, bool keep_logits=False)"
+    " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats, Tensor logits)",
     # [4, N] = (max, sum, weighted, target logit): what the shards of a vocabulary are joined from
     "linear_token_logprobs_stats": f"({_LINEAR_INPUTS}) -> Tensor",
     # a gradient that is not wanted is returned empty; wide_hidden: that of hidden in float32
     "linear_token_logprobs_backward": f"({_LINEAR_INPUTS}, Tensor entropy, Tensor stats,"
     " Tensor grad_logprobs, Tensor grad_entropy, Tensor grad_logsumexp,"
-    " bool hidden_gradient, bool weight_gradient, bool bias_gradient, bool wide_hidden=False)"
+    " bool hidden_gradient, bool weight_gradient, bool bias_gradient, bool wide_hidden=False,"
+    " Tensor? logits=None)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 }
 

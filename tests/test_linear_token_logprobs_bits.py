@@ -72,6 +72,45 @@ def test_bits_do_not_depend_on_workspace_or_threads(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=helpers.dtype_id)
+@pytest.mark.parametrize("kind", ("all rows", "masked", "idle", "masked and idle"))
+def test_logits_kept_for_backward_have_the_bits_of_logits_made_again(monkeypatch, kind, dtype):
+    """No column kept, the first of three tiles, all of them; and with that fewer matmuls."""
+    rows, vocab = 40, 4500
+    hidden, weight, tokens = head((rows,), 24, vocab, dtype)
+    upstream = torch.randn(3, rows)
+    options = {"mask": torch.rand(rows) > 0.4} if "masked" in kind else {}
+    if "idle" in kind:
+        upstream[:, torch.rand(rows) > 0.5] = 0.0
+    made = []
+    product = linear_tiles.Head.logits
+
+    def counted(self, x, first, last, space):
+        made.append(first)
+        return product(self, x, first, last, space)
+
+    monkeypatch.setattr(linear_tiles.Head, "logits", counted)
+    found = {}
+    for kept, columns in ((0, 0), (1, 2048), (3, 4512)):
+        made.clear()
+        monkeypatch.setattr(linear_tiles, "kept_columns", lambda *_, width=columns: width)
+        found[kept] = run("cpp", hidden, weight, tokens, upstream, **options)
+        assert made == [0, 2048, 4096, *(0, 2048, 4096)[kept:]]
+    for kept in (1, 3):
+        for values, expected in zip(found[kept], found[0], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+
+
+def test_how_much_of_the_logits_a_workspace_has_room_for():
+    like, mib = torch.empty(0, dtype=torch.bfloat16), 1 << 20
+    sizes = (6, 32, 302, 303)  # a tile of 512 rows takes 6 MiB, all their logits 296.75 MiB
+    room = [linear_tiles.kept_columns(512, 151_936, size * mib, like) for size in sizes]
+    assert room == [0, 6 * 2048, 151_552, 151_936]
+    assert linear_tiles.kept_columns(8192, 151_936, 32 * mib, like) == 0
+    assert linear_tiles.kept_columns(0, 5, 32 * mib, like) == 0
+    assert linear_tiles.kept_columns(3, 5, 32 * mib, like) == 16  # rows begin aligned
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=helpers.dtype_id)
 def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
     hidden, weight, tokens = head((60,), 300, 2500, dtype)
     upstream, temperature = torch.randn(3, 60), torch.rand(60) + 0.5
@@ -152,9 +191,9 @@ def test_peak_memory_is_under_5_percent_of_eager():
 
 
 def operator_args(optional: bool) -> tuple:
-    hidden, weight, tokens = head((4,), 5, 30)
+    hidden, weight, tokens = head((4,), 5, 32)  # no columns for alignment, which hold anything
     numbers = (0.7, torch.rand(4) + 0.5, 0.5, 4.0) if optional else (0.7, None, 1.0, 0.0)
-    bias = torch.randn(30).requires_grad_() if optional else None
+    bias = torch.randn(32).requires_grad_() if optional else None
     mask = torch.tensor([True, False, True, True]) if optional else None
     return (leaf(hidden), leaf(weight), tokens, bias, *numbers, mask, 1 << 25)
 
@@ -168,12 +207,19 @@ def test_opcheck(floor, optional):
     check = torch.library.opcheck
     check(_ops.handle("linear_token_logprobs", floor), args)
     plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
-    _, entropy, _, stats = _ops.handle("linear_token_logprobs", floor)(*plain)
+    check(_ops.handle("linear_token_logprobs", floor), (*args, True))
+    _, entropy, _, stats, logits = _ops.handle("linear_token_logprobs", floor)(*plain, True)
+    assert logits.shape[1] == (0 if optional else 32)
     upstream = [torch.randn(4) for _ in range(3)]
     check(_ops.handle("linear_token_logprobs_stats", floor), plain)
     for wanted in ((True, True, optional), (True, False, False, True), (False, True, False)):
         backward = (*plain, entropy, stats, *upstream, *wanted)
         check(_ops.handle("linear_token_logprobs_backward", floor), backward)
+    check(
+        _ops.handle("linear_token_logprobs_backward", floor),
+        (*plain, entropy, stats, *upstream, True, True, False),
+        {"logits": logits},
+    )
     bias = torch.randn(32) if optional else None
     tile = (torch.randn(4, 32), 0, 0.5, 4.0, bias, plain[2], 0.7, None)
     running = torch.zeros(4, 4)

@@ -7,6 +7,10 @@ once, while the hidden states' gradient grows in float32.
 
 On the CPU nothing depends on how the rows are cut: a row's results are merged tile by tile of V,
 and chunks are multiples of the blocks in which ``csrc/cpu/matmul.h`` adds (512).
+
+What a tile leaves of the workspace holds the logits of the first columns from forward to backward,
+which then has a matmul less to do for them: all columns where ``workspace_bytes`` allows ``[N,
+V]``, a few or none by default. They are the same bits either way.
 """
 
 from __future__ import annotations
@@ -38,6 +42,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def row_bytes(device: torch.device, dtype: torch.dtype) -> int:
     """Of one row of a tile: logits, and in backward their gradient."""
     return tile_columns(device) * (accumulator(dtype).itemsize + dtype.itemsize)
+
+
+def kept_columns(rows: int, vocab: int, workspace_bytes: int, like: Tensor) -> int:
+    """How many columns of logits, of all ``rows``, the workspace has room for beside a tile."""
+    one = row_bytes(like.device, like.dtype)
+    tile = min(rows, max(workspace_bytes // one // CHUNK_ROWS, 1) * CHUNK_ROWS) * one
+    column = rows * accumulator(like.dtype).itemsize
+    fit = (workspace_bytes - tile) // column if column else 0
+    whole, some = -(-vocab // ALIGNED) * ALIGNED, tile_columns(like.device)
+    return whole if fit >= whole else max(fit, 0) // some * some
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -114,8 +128,10 @@ class Head:
         )
 
 
-def score(head: Head) -> Tensor:
-    """``[7, N]``: log-prob, entropy, logsumexp, then max, sum, weighted sum, target's logit."""
+def score(head: Head, kept: Tensor) -> Tensor:
+    """``[7, N]``: log-prob, entropy, logsumexp, then max, sum, weighted sum, target's logit. The
+    logits of the first columns go to ``kept``, a row for each that the mask selects.
+    """
     rows = None if head.mask is None else head.mask.nonzero()[:, 0]
     out = head.hidden.new_zeros(7, head.hidden.shape[0], dtype=head.dtype)
     space = None
@@ -127,21 +143,28 @@ def score(head: Head) -> Tensor:
         running[0], running[3] = -torch.inf, torch.nan
         scores = torch.empty_like(running[:3])
         for first, last in head.columns():
-            tile = head.logits(x, first, last, space)
+            keeps = last <= kept.shape[1]
+            tile = head.logits(x, first, last, kept[begin:end, first:] if keeps else space)
             head.call("tile", tile, first, index, running, scores)
         out[:, index] = torch.cat((scores, running))
     return out
 
 
-def forward(head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy, logsumexp ``[N]`` and stats ``[2, N]`` = (max, sum)."""
-    out = score(head)
-    return out[0].clone(), out[1].clone(), out[2].clone(), out[3:5].clone()
+def forward(head: Head, keep_logits: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy, logsumexp ``[N]``, stats ``[2, N]`` = (max, sum), and logits that were
+    kept, ``[N, columns]``; the kernels change them where they are not plain products.
+    """
+    rows, vocab = head.hidden.shape[0], head.weight.shape[0]
+    plain = head.bias is None and head.logit_scale == 1.0 and head.softcap == 0.0
+    columns = kept_columns(rows, vocab, head.workspace_bytes, head.hidden)
+    kept = head.hidden.new_empty(rows, columns if keep_logits and plain else 0, dtype=head.dtype)
+    out = score(head, kept)
+    return out[0].clone(), out[1].clone(), out[2].clone(), out[3:5].clone(), kept
 
 
 def shard_stats(head: Head) -> Tensor:
     """``[4, N]``: max, sum, weighted sum, and the target's logit or NaN if it is not here."""
-    return score(head)[3:].clone()
+    return score(head, head.hidden.new_empty(0, 0))[3:].clone()
 
 
 def backward(
@@ -151,9 +174,10 @@ def backward(
     upstream: tuple[Tensor, ...],
     wanted: tuple[bool, bool, bool],
     wide_hidden: bool = False,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those that are not wanted are empty. The first is
-    rounded to the dtype of hidden, unless it is wanted wide.
+    rounded to the dtype of hidden, unless it is wanted wide. ``logits``: what forward kept.
     """
     hidden, weight, bias = head.hidden, head.weight, head.bias
     idle = sum(grad != 0 for grad in upstream) == 0  # NaN counts
@@ -161,6 +185,7 @@ def backward(
         idle |= ~head.mask
     live = (~idle).nonzero()[:, 0]
     rows = None if live.shape[0] == hidden.shape[0] else live
+    at = live if head.mask is None or rows is None else (head.mask.cumsum(0) - 1)[live]
     wide = (stats[0], stats[1], entropy), upstream
 
     grad_hidden = hidden.new_zeros(live.shape[0] if wanted[0] else 0, hidden.shape[1]).to(
@@ -176,7 +201,10 @@ def backward(
                 space_dz = head.workspace(end - begin, hidden.dtype)
                 partial = hidden.new_empty(space.shape[1], hidden.shape[1], dtype=head.dtype)
             x = hidden[index]
-            tile = head.logits(x, first, last, space)
+            if logits is not None and last <= logits.shape[1]:
+                tile = logits[:, first:last][slice(begin, end) if rows is None else at[begin:end]]
+            else:
+                tile = head.logits(x, first, last, space)
             dz = space_dz[: end - begin, : last - first]
             per_row = [torch.stack([value[index] for value in values]) for values in wide]
             head.call("tile_backward", tile, first, index, *per_row, dz)
@@ -202,7 +230,7 @@ def register(floor: str) -> None:
 
     def run_forward(*args: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):
-            return forward(Head(floor, *args))
+            return forward(Head(floor, *args[:10]), *args[10:])
 
     def run_stats(*args: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):

@@ -46,7 +46,8 @@ def linear_token_logprobs(
     All three results are differentiable in ``hidden``, ``weight`` and ``bias``, in any combination.
     Masked rows are left out of every matmul; rows whose upstream gradients are all zero (masked,
     clipped, zero advantage) are left out of backward. Logits are made tile by tile, and again in
-    backward: four matmuls for forward and backward instead of three.
+    backward: four matmuls for forward and backward instead of three, but for those that a large
+    ``workspace_bytes`` has room to keep.
 
     bfloat16 operands are multiplied as they are and summed in float32; logits are never rounded to
     bfloat16, and float32 operands never leave float32. Gradients are summed in float32 and rounded
@@ -78,8 +79,10 @@ def linear_token_logprobs(
             token, and in backward one all-reduce. See docs/distributed.md.
         vocab_start: token id of the first row of this rank's ``weight``.
         workspace_bytes: bound of the memory for tiles of logits and their gradient, 32 MiB by
-            default (512 MiB on a GPU). Backward also holds the gradient of ``hidden`` and of one
-            tile of ``weight`` in float32.
+            default (512 MiB on a GPU). With room beside a tile, logits are kept for backward, all
+            of them from about ``4 * N * V`` on, unless there is a bias, a scale or a cap, or
+            ``torch.compile``. Backward also holds the gradient of ``hidden`` and of one tile of
+            ``weight`` in float32.
         backend: ``"auto"`` takes the fastest present; a named one is used or refused, never
             replaced.
 
@@ -197,9 +200,17 @@ def score_hidden(
     elif floor == "reference":
         results = reference.linear_token_logprobs(*arguments)
     else:
-        results = _ops.handle("linear_token_logprobs", floor)(*arguments)
+        results = _ops.handle("linear_token_logprobs", floor)(*arguments, _keeps(hidden, weight))
     scores = TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
-    return scores, results[3][1] if len(results) == 4 else None
+    return scores, results[3][1] if len(results) > 3 else None
+
+
+def _keeps(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether there is a backward to keep logits for. Compiled, how many would fit is a question
+    about the number of rows, and each answer a compilation.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return wanted and not torch.compiler.is_compiling()
 
 
 def _head_of_kept(
@@ -269,10 +280,15 @@ def _check_workspace(workspace_bytes: int | None, device: torch.device, dtype: t
     return int(workspace_bytes)
 
 
-def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    (_, bias, _, _, scale, cap, _, space), keep = rest[:8], any(rest[8:])
     rows, dtype = hidden.shape[0], tiles.accumulator(hidden.dtype)
     one = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
-    return (*one, hidden.new_empty((2, rows), dtype=dtype))
+    columns = 0
+    if keep and bias is None and scale == 1.0 and cap == 0.0:
+        columns = tiles.kept_columns(rows, weight.shape[0], space, hidden)
+    stats, logits = (hidden.new_empty(size, dtype=dtype) for size in ((2, rows), (rows, columns)))
+    return (*one, stats, logits)
 
 
 def _fake_stats(hidden: Tensor, *_: Any) -> Tensor:
@@ -280,7 +296,7 @@ def _fake_stats(hidden: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    of_hidden, of_weight, of_bias, *wide_hidden = rest[13:]
+    of_hidden, of_weight, of_bias, *wide_hidden = rest[13:17]
     wide = tiles.accumulator(hidden.dtype)
     return (
         hidden.new_empty(
@@ -293,10 +309,11 @@ def _fake_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, tokens, bias, temperature, row_temperature, scale, cap, mask, space = inputs
-    _, entropy, _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(hidden, weight, tokens, bias, row_temperature, mask, entropy, stats)
+    hidden, weight, tokens, bias, temperature, row_temperature, scale, cap, mask, space, _ = inputs
+    _, entropy, _, stats, logits = output
+    ctx.mark_non_differentiable(stats, logits)
+    saved = (hidden, weight, tokens, bias, row_temperature, mask, entropy, stats, logits)
+    ctx.save_for_backward(*saved)
     ctx.numbers = temperature, scale, cap, space
 
 
@@ -308,17 +325,19 @@ def _register(floor: str) -> None:
 
     @once_differentiable
     def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, tokens, bias, row_temperature, mask, entropy, stats = ctx.saved_tensors
+        *rest, logits = ctx.saved_tensors
+        hidden, weight, tokens, bias, row_temperature, mask, entropy, stats = rest
         temperature, scale, cap, space = ctx.numbers
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         found = _ops.handle("linear_token_logprobs_backward", floor)(
             *(hidden, weight, tokens, bias, temperature, row_temperature, scale, cap, mask, space),
             *(entropy, stats, *(grad.contiguous() for grad in grads[:3]), *wanted),
+            logits=logits,
         )
         by_hidden, by_weight, by_bias = (
             grad if want else None for grad, want in zip(found, wanted, strict=True)
         )
-        return (by_hidden, by_weight, None, by_bias, *(None,) * 6)
+        return (by_hidden, by_weight, None, by_bias, *(None,) * 7)
 
     torch.library.register_fake(forward, _fake_forward, lib=_ops.LIBRARY)
     torch.library.register_fake(backward, _fake_backward, lib=_ops.LIBRARY)
