@@ -20,9 +20,11 @@ inline const int64_t* check_offsets(const torch::stable::Tensor& offsets, int64_
   return begin;
 }
 
-// Sequences for one thread at least: 2048 tokens, about 5 us of work, what waking a thread costs.
+// Tokens for one thread at least: about 5 us of work, what waking a thread costs.
+constexpr int64_t kTokenGrain = 2048;
+
 inline int64_t sequence_grain(int64_t sequences, int64_t total) {
-  return std::max<int64_t>(1, 2048 * sequences / std::max<int64_t>(total, 1));
+  return std::max<int64_t>(1, kTokenGrain * sequences / std::max<int64_t>(total, 1));
 }
 
 }  // namespace pyllmtune

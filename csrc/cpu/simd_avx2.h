@@ -172,6 +172,10 @@ inline void transpose(F32x16 (&x)[16]) {
   for (int i = 0; i < 16; ++i) x[i] = load(lane[i]);
 }
 
+// Vectors are registers: a loop over them pays when all of it is inlined and its choices are known.
+constexpr bool kSpecialize = true;
+#define PLT_FLATTEN __attribute__((flatten))
+
 // The part of a product of matrices held in registers: 12 of 16 registers.
 constexpr int kMatmulRows = 6, kMatmulVectors = 1;
 #define PLT_PAIR_TARGET

@@ -52,6 +52,8 @@ inline F32x16 pow2_of_shifted(F32x16 x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 
+inline F32x16 times_pow2(F32x16 p, F32x16 n) { return _mm512_scalef_ps(p.v, n.v); }
+
 inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline F32x16 load(const Bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -130,6 +132,10 @@ inline void transpose(F32x16 (&x)[16]) {
     x[12 + j].v = _mm512_shuffle_f32x4(low13, high13, 0xdd);
   }
 }
+
+// Vectors are registers: a loop over them pays when all of it is inlined and its choices are known.
+constexpr bool kSpecialize = true;
+#define PLT_FLATTEN __attribute__((flatten))
 
 // The part of a product of matrices held in registers: 24 of 32 registers.
 constexpr int kMatmulRows = 12, kMatmulVectors = 2;

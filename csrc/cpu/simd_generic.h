@@ -201,6 +201,10 @@ inline void transpose(F32x16 (&x)[16]) {
   for (int i = 0; i < 16; ++i) x[i] = load(lane[i]);
 }
 
+// Vectors are arrays: inlining whole kernels costs the compiler minutes and gains nothing.
+constexpr bool kSpecialize = false;
+#define PLT_FLATTEN
+
 // The part of a product of matrices held in registers.
 constexpr int kMatmulRows = 3, kMatmulVectors = 1;
 #define PLT_PAIR_TARGET

@@ -153,7 +153,7 @@ __device__ inline TokenGradient token_loss(const PolicyToken& token, const Polic
       token_terms(choose, config.constants,
                   TokenInput<float>{score, ratio, token.advantage, token.logprob, token.old_logprob,
                                     token.weight, token.delta, token.entropy, flows},
-                  has_reference);
+                  has_reference, true);
   row.loss += terms.value;
   row.at[kTokens] += 1.0f;
   row.at[kSequences] += 1.0f;  // tokens for now; whether there are any is asked at the end

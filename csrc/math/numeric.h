@@ -65,6 +65,17 @@ PLT_HD F exp_residual(F x, F exp_x) {
   return select(small, small_exp_residual(x), exp_x - F(1.0f) - x);
 }
 
+// Both from one exponential; a vector may have a cheaper way.
+template <class F>
+struct ExpPair {
+  F value, residual;  // e^x, e^x - 1 - x
+};
+template <class F>
+PLT_HD ExpPair<F> exp_pair(F x) {
+  const F value = exp_of(x);
+  return {value, exp_residual(x, value)};
+}
+
 // x - log(1 + x) for |x| < 1/7: the series to x^10, 3e-8 relative.
 template <class F>
 PLT_HD F small_log_residual(F x) {

@@ -21,6 +21,8 @@ enum Aggregation : int {
 // In the order of PolicyLossConfig.choices.
 struct PolicyChoices {
   int level, rule, kl, kl_gradient, aggregation;
+  // whether a limit can be finite; a kernel compiled for fewer cases says so in a derived type
+  static constexpr bool kLimited = true;
 
   PLT_HD bool by_sequence() const { return level != kToken; }
   // whether a gradient of s goes to all tokens of the sequence
@@ -63,12 +65,12 @@ struct LevelTerm {
   Compared<F> flows, below, above;
 };
 
-template <class F, class Number>
-PLT_HD LevelTerm<F> level_term(const PolicyChoices& choose, const PolicyConstants<Number>& c,
-                               F log_ratio, F advantage, F weight) {
+template <class F, class Choices, class Number>
+PLT_HD LevelTerm<F> level_term(const Choices& choose, const PolicyConstants<Number>& c, F log_ratio,
+                               F advantage, F weight) {
   const F limit(c.log_ratio_limit);
   LevelTerm<F> out;
-  out.value = clamp_to(log_ratio, F(0.0f) - limit, limit);
+  out.value = Choices::kLimited ? clamp_to(log_ratio, F(0.0f) - limit, limit) : log_ratio;
   out.flows = out.value == log_ratio;
   out.below = out.above = limit < limit;  // never
   if (choose.level == kGeometric) {       // GMPO: clipped on the side that A pushes to
@@ -92,11 +94,11 @@ struct KlTerm {
 
 // An estimator of KL(pi || ref), d = ref - lp (http://joschu.net/blog/kl-approx.html), with the
 // asked gradient. k3 also where no term is asked: it is measured then.
-template <class F, class Number>
-PLT_HD KlTerm<F> kl_term(const PolicyChoices& choose, const PolicyConstants<Number>& c, F delta,
-                         F ratio, Compared<F> score_flows) {
+template <class F, class Choices, class Number>
+PLT_HD KlTerm<F> kl_term(const Choices& choose, const PolicyConstants<Number>& c, F delta, F ratio,
+                         Compared<F> score_flows) {
   const F zero(0.0f), limit(c.kl_input_limit), bound(c.kl_limit);
-  const F d = clamp_to(delta, zero - limit, limit);
+  const F d = Choices::kLimited ? clamp_to(delta, zero - limit, limit) : delta;
   F value, slope;  // slope: d value / d lp
   if (choose.kl == kK1) {
     value = zero - d, slope = F(1.0f);
@@ -106,11 +108,15 @@ PLT_HD KlTerm<F> kl_term(const PolicyChoices& choose, const PolicyConstants<Numb
     value = select(d < zero, zero - d, d);
     slope = select(d < zero, F(1.0f), select(d > zero, F(-1.0f), zero));
   } else {
-    value = exp_residual(d, exp_of(d)), slope = zero - (value + d);
+    value = exp_pair(d).residual, slope = zero - (value + d);
   }
-  const F held = clamp_to(value, zero - bound, bound);
-  const Compared<F> flows = (d == delta) & (held == value);
-  slope = select(flows, slope, zero);
+  F held = value;
+  Compared<F> flows = d == delta;
+  if constexpr (Choices::kLimited) {
+    held = clamp_to(value, zero - bound, bound);
+    flows = flows & (held == value);
+    slope = select(flows, slope, zero);
+  }
   if (choose.kl_gradient == kPlain) return {held, zero, slope};
   if (choose.kl_gradient == kStraightThrough) return {held, zero, zero - delta};
   // d (x value) / d lp at x = 1, where x moves with lp; e^d cancels in k3
@@ -134,16 +140,16 @@ struct TokenTerms {
 };
 
 // Loss of one valid token and its gradient.
-template <class F, class Number>
-PLT_HD TokenTerms<F> token_terms(const PolicyChoices& choose, const PolicyConstants<Number>& c,
-                                 const TokenInput<F>& in, bool has_reference) {
+template <class F, class Choices, class Number>
+PLT_HD TokenTerms<F> token_terms(const Choices& choose, const PolicyConstants<Number>& c,
+                                 const TokenInput<F>& in, bool has_reference, bool has_weights) {
   const F zero(0.0f);
   const RuleResult<F> rule =
       apply_rule(choose.rule, c.rule,
                  RuleInput<F>{in.score, in.ratio, in.advantage, in.logprob, in.old_logprob});
   TokenTerms<F> out{rule.value, rule.d_score, rule.d_logprob, zero,
                     rule.below, rule.above,   rule.capped};
-  if (choose.rule != kVespo) {
+  if (has_weights && choose.rule != kVespo) {
     out.value = product(in.weight, out.value);
     out.d_score = product(in.weight, out.d_score);
     out.d_logprob = product(in.weight, out.d_logprob);
