@@ -69,9 +69,11 @@ class LogprobHead(nn.Module):
     def forward(self, hidden: Tensor, tokens: Tensor, **options: Any) -> TokenLogprobs:
         """``options``: temperature, mask, kept, process_group, vocab_start, workspace_bytes."""
         fixed = {name: getattr(self, name) for name in ("logit_scale", "softcap", "backend")}
-        return linear_token_logprobs(
+        scores = linear_token_logprobs(
             hidden, self.weight, tokens, bias=self.bias, **fixed, **options
         )
+        # FSDP2 hooks onto results; an operation in place on one that is a view takes the hook off
+        return TokenLogprobs(*(score.clone() for score in scores))
 
     def extra_repr(self) -> str:
         vocab, width = self.weight.shape
