@@ -80,7 +80,7 @@ def linear_token_logprobs(
         vocab_start: token id of the first row of this rank's ``weight``.
         workspace_bytes: bound of the memory for tiles of logits and their gradient, 32 MiB by
             default (512 MiB on a GPU). With room beside a tile, logits are kept for backward, all
-            of them from about ``4 * N * V`` on, unless there is a bias, a scale or a cap, or
+            of them from about ``4 * N * V`` on, unless there is a bias, a scale, a cap, shards, or
             ``torch.compile``. Backward also holds the gradient of ``hidden`` and of one tile of
             ``weight`` in float32.
         backend: ``"auto"`` takes the fastest present; a named one is used or refused, never

@@ -26,6 +26,7 @@ def linear_token_logprobs(
     softcap: float,
     mask: Tensor | None,
     workspace_bytes: int = 0,
+    keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of ``tokens``, entropy and logsumexp of ``softmax(logits / T)``, each ``[N]``."""
     logits = _logits(hidden, weight, bias, logit_scale, softcap, mask)
