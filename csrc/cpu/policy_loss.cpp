@@ -58,6 +58,14 @@ SequenceStats<typename V::Scalar> sequence_stats(const PolicyInputs<typename V::
   return {static_cast<typename V::Scalar>(tokens), reduce_sum(score)};
 }
 
+// a_i of a sequence with so many valid tokens, at least 1
+template <class F>
+F share_of(const PolicyChoices& choose, F length) {
+  return choose.aggregation == kSeqMeanTokenMean ? F(1) / length
+         : choose.aggregation == kLengthWeighted ? length
+                                                 : F(1);
+}
+
 // The score of a sequence hands its gradient to every token that flows into it.
 template <class V, class Choices>
 void spread_over_sequence(const PolicyInputs<typename V::Scalar>& in, const Choices& choose,
@@ -90,9 +98,7 @@ PLT_FLATTEN PolicyMetrics sequence_loss(const PolicyInputs<typename V::Scalar>& 
     length = stats.count > F(1) ? stats.count : F(1);
     sequence_score = V(choose.sums() ? stats.score : stats.score / length);
   }
-  const F share = choose.aggregation == kSeqMeanTokenMean ? F(1) / length
-                  : choose.aggregation == kLengthWeighted ? length
-                                                          : F(1);  // a_i
+  const F share = share_of(choose, length);
   PolicySums<V> sums;
   V through_score(0);  // d loss / d score, summed over the sequence
   const auto step = [&](int64_t t, int64_t n) {
@@ -131,14 +137,85 @@ PLT_FLATTEN PolicyMetrics sequence_loss(const PolicyInputs<typename V::Scalar>& 
   return sums.metrics(in, share);
 }
 
+// Whether all valid tokens of a sequence have one loss and one gradient: a ratio of the sequence,
+// an advantage of the sequence, and nothing else.
+template <class F>
+bool is_uniform(const PolicyInputs<F>& in, const PolicyChoices& choose) {
+  const bool level = choose.by_sequence() && choose.level != kGeometric;
+  const bool rule = choose.rule == kPpo || choose.rule == kUnclipped || choose.rule == kClip ||
+                    choose.rule == kSapo;
+  return level && rule && !in.token_advantages && in.weights == nullptr &&
+         in.ref_logprobs == nullptr && in.entropy == nullptr &&
+         std::isinf(in.constants.log_ratio_limit);
+}
+
+// Then that loss and gradient are found once, between a pass that adds up the log-ratios and leaves
+// 1 for each valid token where its gradient will be, and one that writes the gradient.
+template <class V>
+PLT_FLATTEN PolicyMetrics uniform_loss(const PolicyInputs<typename V::Scalar>& in,
+                                       const PolicyChoices& choose, int64_t sequence,
+                                       typename V::Scalar* grad_logprobs,
+                                       typename V::Scalar* /*grad_entropy*/) {
+  using F = typename V::Scalar;
+  const int64_t begin = in.offsets[sequence], end = in.offsets[sequence + 1];
+  const V zero(0), one(1);
+  int64_t tokens = 0, dropped = 0;
+  V log_ratio = zero, k3 = zero;
+  for_vectors<V>(begin, end, [&](int64_t t, int64_t n) {
+    const PolicyTokens<V> token = load_tokens<V>(in, sequence, t, n);
+    tokens += count(token.valid);
+    dropped += count(token.dropped);
+    log_ratio = log_ratio + token.log_ratio;
+    k3 = k3 + exp_pair(token.log_ratio).residual;
+    store_up_to(grad_logprobs + t, select(token.valid, one, zero), n);
+  });
+  PolicyMetrics out;
+  out[kDropped] = dropped;
+  if (tokens == 0) {
+    std::fill(grad_logprobs + begin, grad_logprobs + end, F(0));
+    return out;
+  }
+  const F length = tokens, sum = reduce_sum(log_ratio), raw = choose.sums() ? sum : sum / length;
+  const V score = clamp_to(V(raw), V(in.constants.score_min), V(in.constants.score_max));
+  const V ratio = exp_of(score);
+  const TokenTerms<V> terms =
+      token_terms(choose, in.constants,
+                  TokenInput<V>{score, ratio, V(in.advantages[sequence]), zero, zero, one, zero,
+                                zero, score == V(raw)},
+                  false, false);
+  const F share = share_of(choose, length), weight = reduce_max(ratio);
+  // at a level that spreads, a token gets 1/n of n times this, and of the sum n times this
+  const F factor = choose.spreads() && choose.sums() ? length * share : share;
+  const V grad = terms.d_score * V(factor);
+  for_vectors<V>(begin, end, [&](int64_t t, int64_t n) {
+    const V valid = load_up_to<V>(grad_logprobs + t, n, 0);
+    store_up_to(grad_logprobs + t, select(valid == one, grad, zero), n);
+  });
+  out[kTokens] = out[kWeight] = tokens;
+  out[kSequences] = 1;
+  out[kLoss] = tokens * static_cast<double>(reduce_max(terms.value)) * share;
+  out[kClippedLow] = count(terms.below) ? tokens : 0;
+  out[kClippedHigh] = count(terms.above) ? tokens : 0;
+  out[kClippedCap] = count(terms.capped) ? tokens : 0;
+  out[kApproxKl] = -sum;
+  out[kApproxKlK3] = reduce_sum(k3);
+  out[kRatio] = tokens * static_cast<double>(weight);
+  out[kRatioSquared] = out[kRatio] * weight;
+  out[kNegativeRatioMin] = -weight;
+  out[kRatioMax] = weight;
+  return out;
+}
+
 template <class F>
 using SequenceLoss = PolicyMetrics (*)(const PolicyInputs<F>&, const PolicyChoices&, int64_t, F*,
                                        F*);
 
 // The kernel compiled for these choices, or the one for all.
 template <class F>
-SequenceLoss<F> kernel_for(const PolicyChoices& choose, const PolicyConstants<F>& c) {
+SequenceLoss<F> kernel_for(const PolicyInputs<F>& in, const PolicyChoices& choose) {
   using V = typename VectorOf<F>::type;
+  if (is_uniform(in, choose)) return uniform_loss<V>;
+  const PolicyConstants<F>& c = in.constants;
   if constexpr (kSpecialize && std::is_same_v<F, float>) {
     bool plain = choose.rule == kPpo && choose.kl_gradient == kPlain;
     for (F limit : {c.log_ratio_limit, -c.score_min, c.score_max, c.kl_input_limit, c.kl_limit})
@@ -158,7 +235,7 @@ SequenceLoss<F> kernel_for(const PolicyChoices& choose, const PolicyConstants<F>
 template <class F>
 PolicyMetrics batch_loss(const PolicyInputs<F>& in, const PolicyChoices& choose, int64_t sequences,
                          F* grad_logprobs, F* grad_entropy) {
-  const SequenceLoss<F> kernel = kernel_for(choose, in.constants);
+  const SequenceLoss<F> kernel = kernel_for(in, choose);
   std::vector<PolicyMetrics> parts(sequences);
   const int64_t* ends = in.offsets + sequences;
   // a thread takes the sequences that begin among its tokens
