@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "pyllmtune"
 
@@ -168,6 +169,38 @@ def for_every_floor(registrar: Callable[[str], None]) -> None:
     _registrars.append(registrar)
     for floor in _floors:
         registrar(floor)
+
+
+def register_autograd(
+    name: str, gradient: Callable[..., tuple[Any, ...]], setup_context: Callable[..., None]
+) -> None:
+    """``torch.library.register_autograd`` for operators without default arguments. That one looks
+    every argument up in the schema at every call to fill in defaults: 40 us for 13 arguments.
+    """
+    operator = getattr(getattr(torch.ops, NAMESPACE), name.removeprefix(f"{NAMESPACE}::")).default
+
+    def below(*inputs_and_keys: Any) -> Any:
+        *inputs, keys = inputs_and_keys
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
+            output = below(*inputs_and_keys)
+            setup_context(ctx, inputs_and_keys[:-1], output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            return *gradient(ctx, *grads), None
+
+    def run(keys: Any, *inputs: Any) -> Any:
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        return (Node.apply if wanted else below)(*inputs, keys)
+
+    Node.__name__ = Node.__qualname__ = f"Gradient of {name}"
+    LIBRARY.impl(name, run, "Autograd", with_keyset=True)
 
 
 # out [M, N] (+)= a [M, K] @ b [K, N], any strides, accumulated in float32: what torch lacks on CPUs

@@ -20,7 +20,9 @@ def sequence_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Te
                 f"{name} must be [B, T], got {list(tokens.shape)}; packed [total] needs cu_seqlens="
             )
         batch, length = tokens.shape
-        return torch.arange(batch + 1, device=tokens.device) * length
+        if length == 0:
+            return torch.zeros(batch + 1, dtype=torch.int64, device=tokens.device)
+        return torch.arange(0, batch * length + 1, length, device=tokens.device)
     _checks.check_tensor("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
     if tokens.dim() != 1:
         raise ValueError(f"{name} must be [total] with cu_seqlens, got {list(tokens.shape)}")

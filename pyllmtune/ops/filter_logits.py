@@ -112,7 +112,7 @@ def _register(floor: str) -> None:
     torch.library.register_fake(forward, _fake_forward, lib=_ops.LIBRARY)
     torch.library.register_fake(write, lambda *_: None, lib=_ops.LIBRARY)
     torch.library.register_fake(backward, _fake_forward, lib=_ops.LIBRARY)
-    torch.library.register_autograd(forward, gradient, setup_context=_save, lib=_ops.LIBRARY)
+    _ops.register_autograd(forward, gradient, _save)
 
 
 _ops.for_every_floor(_register)

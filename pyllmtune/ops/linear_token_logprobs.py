@@ -344,7 +344,7 @@ def _register(floor: str) -> None:
     torch.library.register_fake(stats, _fake_stats, lib=_ops.LIBRARY)
     torch.library.register_fake(tile, lambda *args: None, lib=_ops.LIBRARY)
     torch.library.register_fake(tile_backward, lambda *args: None, lib=_ops.LIBRARY)
-    torch.library.register_autograd(forward, gradient, setup_context=_save, lib=_ops.LIBRARY)
+    _ops.register_autograd(forward, gradient, _save)
 
 
 _ops.for_every_floor(_register)

@@ -212,7 +212,7 @@ def _gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 def _register(floor: str) -> None:
     name = f"{_ops.NAMESPACE}::{_ops.op_name('policy_loss', floor)}"
     torch.library.register_fake(name, _fake, lib=_ops.LIBRARY)
-    torch.library.register_autograd(name, _gradient, setup_context=_save, lib=_ops.LIBRARY)
+    _ops.register_autograd(name, _gradient, _save)
 
 
 _ops.for_every_floor(_register)
