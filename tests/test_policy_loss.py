@@ -207,6 +207,38 @@ def test_bits_do_not_depend_on_threads(backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_backward_again(backend):
+    """A retained graph gives the same gradients at every backward, one or several at a time."""
+    data = {k: v.float() if v.is_floating_point() else v for k, v in batch(3, 40).items()}
+    leaves = [data[name].requires_grad_() for name in ("logprobs", "entropy")]
+    config = PolicyLossConfig(entropy_coef=0.1)
+    loss = policy_loss(**data, config=config, backend=helpers.use(backend)).loss
+
+    def grads(factor: float, **options) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, leaves, torch.tensor(factor), **options)
+
+    first = grads(1.0, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    batched = torch.autograd.grad(
+        loss, leaves, torch.tensor([4.0, 0.0]), retain_graph=True, is_grads_batched=True
+    )
+    second, last = grads(-2.0, retain_graph=True), grads(3.0)
+    for i in range(2):
+        assert torch.equal(first[i], kept[i]) and kept[i].abs().sum() > 0
+        torch.testing.assert_close(batched[i], torch.stack((4 * kept[i], 0 * kept[i])))
+        torch.testing.assert_close(second[i], -2 * kept[i])
+        torch.testing.assert_close(last[i], 3 * kept[i])
+    with pytest.raises(RuntimeError, match="second time"):
+        grads(1.0)
+    loss = policy_loss(**data, config=config, backend=backend).loss
+    batched = torch.autograd.grad(loss, leaves, torch.tensor([2.0, 5.0]), is_grads_batched=True)
+    policy_loss(**data, config=config, backend=backend).loss.backward()
+    for i in range(2):
+        torch.testing.assert_close(batched[i], torch.stack((2 * kept[i], 5 * kept[i])))
+        torch.testing.assert_close(leaves[i].grad, kept[i])
+
+
 def test_metrics_by_hand():
     old = torch.zeros(2, 3)
     logprobs = torch.log(torch.tensor([[1.5, 1.0, 0.5], [0.5, 2.0, 1.0]]))
