@@ -19,6 +19,11 @@
 #include "policy_sums.h"
 #include "sequences.h"
 
+#if defined(__SANITIZE_ADDRESS__)  // whose checks, all inlined into one function, take minutes
+#undef PLT_FLATTEN
+#define PLT_FLATTEN
+#endif
+
 namespace pyllmtune {
 namespace {
 
