@@ -40,6 +40,7 @@ from pyllmtune.ops.beam_step import BeamStep, beam_step
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.gae import GaeOutput, gae
 from pyllmtune.ops.kl_divergence import kl_divergence
+from pyllmtune.ops.linear_policy_loss import linear_policy_loss
 from pyllmtune.ops.linear_token_logprobs import linear_token_logprobs
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
 from pyllmtune.ops.sample import SampleOutput, greedy, sample
@@ -78,6 +79,7 @@ __all__ = [
     "keyword_reward",
     "kl_divergence",
     "kto_loss",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "multi_objective_advantages",
     "off_policy_sequence_mask",

@@ -26,7 +26,7 @@ _SCORE_GRADIENT = f"{_SCORE_INPUTS}, {_SCORE_UPSTREAM}"
 _KEPT_INPUTS = f"Tensor offsets, Tensor token_ids, {_SCORE_INPUTS}"
 
 _TILE = (
-    "Tensor(a!) logits, int first, float scale, float softcap, Tensor? bias,"
+    "Tensor logits, int first, float scale, float softcap, Tensor? bias,"
     " Tensor tokens, float temperature, Tensor? row_temperature"
 )
 # hidden [N, D], weight [V, D], bias [V], the rest [N]; stats [2, N]; softcap 0 is none
@@ -61,13 +61,13 @@ SCHEMAS = {
     "kept_token_logprobs": f"(Tensor logits, {_KEPT_INPUTS})"
     " -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor stats)",
     "kept_token_logprobs_backward": f"(Tensor logits, {_KEPT_INPUTS}, {_SCORE_UPSTREAM}) -> Tensor",
-    # one tile of logits [rows, columns], float32 or float64, overwritten; columns first ... of V.
+    # one tile of logits [rows, columns], float32 or float64; columns first ... of V.
     # bias [columns]; running [4, rows] = (max, sum, weighted, target logit), scores [3, rows] =
     # (log-prob, entropy, logsumexp) of the columns so far
-    "linear_token_logprobs_tile": f"({_TILE}, Tensor(b!) running, Tensor(c!) scores) -> ()",
+    "linear_token_logprobs_tile": f"({_TILE}, Tensor(a!) running, Tensor(b!) scores) -> ()",
     # stats [3, rows] = (max, sum, entropy), upstream [3, rows], grad [rows, columns]
     "linear_token_logprobs_tile_backward": f"({_TILE}, Tensor stats, Tensor upstream,"
-    " Tensor(b!) grad) -> ()",
+    " Tensor(a!) grad) -> ()",
     # hidden [rows, D] and weight [V, D] of one dtype, contiguous; the result [entries], float32
     "kept_logits": "(Tensor hidden, Tensor weight, Tensor offsets, Tensor token_ids, Tensor? mask)"
     " -> Tensor",
@@ -133,6 +133,14 @@ COMPOSED = {
     " bool hidden_gradient, bool weight_gradient, bool bias_gradient, bool wide_hidden=False,"
     " Tensor? logits=None)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    # the loss's arguments as of policy_loss; a gradient that is not wanted is returned empty
+    "linear_policy_loss": f"({_LINEAR_INPUTS}, Tensor old_logprobs, Tensor advantages,"
+    " bool token_advantages, Tensor offsets, Tensor? ref_logprobs, Tensor? weights,"
+    " float normalizer, Tensor? device_normalizer, int[] choices, float[] constants,"
+    " bool hidden_gradient, bool weight_gradient, bool bias_gradient)"
+    " -> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    # grad times a 0-d factor in float32, rounded to dtype
+    "linear_policy_loss_backward": "(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
 }
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -1,13 +1,15 @@
 // linear_token_logprobs: what is done with one tile of logits, hidden W^T, before the next tile
 // takes its memory.
 //
-//   logits [rows, columns] float32, columns first ... of the vocabulary; overwritten by
+//   logits [rows, columns] float32, columns first ... of the vocabulary
 //   z = softcap(scale (logits + bias)),  softcap(u) = cap tanh(u / cap)
 //   Forward merges the tile into running [4, rows] = (max, sum, weighted, target logit) and writes
 //   scores [3, rows] = (log-prob, entropy, logsumexp) of the columns seen so far.
 //   Backward writes grad [rows, columns] = d/dlogits, in the dtype of the operands.
 //   The tile was just written and is still in cache; a row of it is one stripe.
 #include <torch/csrc/stable/library.h>
+
+#include <vector>
 
 #include "row_gradient.h"
 #include "row_stats.h"
@@ -20,7 +22,7 @@ using torch::stable::Tensor;
 
 template <class F>
 struct Tile {
-  F* logits;
+  const F* logits;
   int64_t rows, columns, stride, first;
   F scale, cap;
   const F* bias;  // of the first column, or null
@@ -32,14 +34,20 @@ struct Tile {
     return F(1) / (row_temperature == nullptr ? temperature : row_temperature[row]);
   }
 
-  // z of a row, in its place.
+  bool plain() const { return bias == nullptr && scale == F(1) && cap == F(0); }
+
+  // Where a thread keeps z of its row.
+  std::vector<F> room() const { return std::vector<F>(plain() ? 0 : columns); }
+
+  // z of a row: its logits, or made of them in `room`.
   template <class V>
-  F* processed(int64_t row) const {
-    F* z = logits + row * stride;
-    if (bias == nullptr && scale == F(1) && cap == F(0)) return z;
+  const F* processed(int64_t row, std::vector<F>& room) const {
+    const F* raw = logits + row * stride;
+    if (plain()) return raw;
+    F* z = room.data();
     const V by(scale), inside(cap == F(0) ? F(0) : F(1) / cap), outside(cap);
     for (int64_t i = 0; i < columns; i += V::kWidth) {
-      V x = load_up_to<V>(z + i, columns - i, F(0));
+      V x = load_up_to<V>(raw + i, columns - i, F(0));
       if (bias != nullptr) x = x + load_up_to<V>(bias + i, columns - i, F(0));
       x = x * by;
       if (cap != F(0)) x = tanh_of(x * inside) * outside;
@@ -54,8 +62,9 @@ void forward(const Tile<F>& tile, F* running, F* scores) {
   using V = typename VectorOf<F>::type;
   const int64_t n = tile.rows;
   parallel_for(n, 8, [&](int64_t begin, int64_t end) {
+    std::vector<F> room = tile.room();
     for (int64_t row = begin; row < end; ++row) {
-      const F* z = tile.template processed<V>(row);
+      const F* z = tile.template processed<V>(row, room);
       const F inv_temperature = tile.inv_temperature(row);
       SoftmaxStats<F> stats{running[row], running[n + row], running[2 * n + row]};
       stats =
@@ -85,6 +94,7 @@ void backward(const Tile<F>& tile, const F* stats, const F* upstream, T* grad, i
     return gradient * (V(F(1)) - t * t);
   };
   parallel_for(n, 8, [&](int64_t begin, int64_t end) {
+    std::vector<F> room = tile.room();
     for (int64_t row = begin; row < end; ++row) {
       T* out = grad + row * stride;
       const F top = stats[row], total = stats[n + row], entropy = stats[2 * n + row];
@@ -92,7 +102,7 @@ void backward(const Tile<F>& tile, const F* stats, const F* upstream, T* grad, i
         std::fill_n(out, tile.columns, T());
         continue;
       }
-      const F* z = tile.template processed<V>(row);
+      const F* z = tile.template processed<V>(row, room);
       const F inv_temperature = tile.inv_temperature(row);
       auto by_logit = score_gradient(upstream[row], upstream[n + row], upstream[2 * n + row],
                                      entropy, inv_temperature);
@@ -120,7 +130,7 @@ Tile<F> check_tile(const Tensor& logits, int64_t first, double scale, double sof
   check_flat(tokens, rows, ScalarType::Long, "tokens");
   if (bias) check_flat(*bias, columns, kScalarType<F>, "bias");
   if (row_temperature) check_flat(*row_temperature, rows, kScalarType<F>, "row_temperature");
-  return {data<F>(logits),
+  return {data<const F>(logits),
           rows,
           columns,
           logits.stride(0),

@@ -92,11 +92,14 @@ class Head:
     def dtype(self) -> torch.dtype:
         return accumulator(self.hidden.dtype)
 
-    def chunks(self, rows: Tensor | None) -> Iterator[tuple[int, int, Tensor | slice]]:
+    def chunks(
+        self, rows: Tensor | None, size: int | None = None
+    ) -> Iterator[tuple[int, int, Tensor | slice]]:
         """(begin, end, index into ``[N]``) of each chunk of the rows that count."""
         count = self.hidden.shape[0] if rows is None else rows.shape[0]
-        fit = self.workspace_bytes // row_bytes(self.hidden.device, self.hidden.dtype)
-        size = max(fit // CHUNK_ROWS, 1) * CHUNK_ROWS
+        if size is None:
+            fit = self.workspace_bytes // row_bytes(self.hidden.device, self.hidden.dtype)
+            size = max(fit // CHUNK_ROWS, 1) * CHUNK_ROWS
         for begin in range(0, count, size):
             end = min(begin + size, count)
             yield begin, end, slice(begin, end) if rows is None else rows[begin:end]
@@ -106,8 +109,9 @@ class Head:
         for first in range(0, vocab, size):
             yield first, min(first + size, vocab)
 
-    def workspace(self, rows: int, dtype: torch.dtype) -> Tensor:
-        columns = min(tile_columns(self.weight.device), self.weight.shape[0])
+    def workspace(self, rows: int, dtype: torch.dtype, columns: int | None = None) -> Tensor:
+        if columns is None:
+            columns = min(tile_columns(self.weight.device), self.weight.shape[0])
         columns = -(-columns // ALIGNED) * ALIGNED
         return self.hidden.new_empty(rows, columns, dtype=dtype)
 
@@ -115,6 +119,21 @@ class Head:
         tile = space[: x.shape[0], : last - first]
         multiply(x, self.weight[first:last].T, tile)
         return tile
+
+    def scores(
+        self, x: Tensor, index: Tensor | slice, kept: Tensor, space: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """scores [3, rows] and running [4, rows] of a chunk. The logits of the first columns go to
+        ``kept``, as many as it has; the rest to ``space``, one tile over the other.
+        """
+        running = x.new_zeros(4, x.shape[0], dtype=self.dtype)
+        running[0], running[3] = -torch.inf, torch.nan
+        scores = torch.empty_like(running[:3])
+        for first, last in self.columns():
+            keeps = last <= kept.shape[1]
+            tile = self.logits(x, first, last, kept[:, first:] if keeps else space)
+            self.call("tile", tile, first, index, running, scores)
+        return scores, running
 
     def call(
         self, word: str, tile: Tensor, first: int, index: Tensor | slice, *rest: Tensor
@@ -139,14 +158,7 @@ def score(head: Head, kept: Tensor) -> Tensor:
         x = head.hidden[index]
         if space is None:
             space = head.workspace(end - begin, head.dtype)
-        running = out.new_zeros(4, end - begin)
-        running[0], running[3] = -torch.inf, torch.nan
-        scores = torch.empty_like(running[:3])
-        for first, last in head.columns():
-            keeps = last <= kept.shape[1]
-            tile = head.logits(x, first, last, kept[begin:end, first:] if keeps else space)
-            head.call("tile", tile, first, index, running, scores)
-        out[:, index] = torch.cat((scores, running))
+        out[:, index] = torch.cat(head.scores(x, index, kept[begin:end], space))
     return out
 
 

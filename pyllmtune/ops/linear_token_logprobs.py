@@ -139,16 +139,63 @@ def score_hidden(
     """``linear_token_logprobs`` with, of each row ``[N]``, sum e^((z - max z) / T): one over the
     probability of its best token. None on the reference floor and with ``kept``.
     """
-    _checks.check_tensor("hidden", hidden, _checks.FLOATS)
-    _checks.check_tensor("weight", weight, _checks.FLOATS)
     hidden, tokens = shards.whole("hidden", hidden), shards.whole("tokens", tokens)
     mask, temperature = shards.whole("mask", mask), shards.whole("temperature", temperature)
     weight, bias, process_group, vocab_start = shards.of_rank(
         weight, bias, process_group, vocab_start
     )
+    device, shape, sharded = hidden.device, hidden.shape[:-1], process_group is not None
+    given = (bias, temperature, logit_scale, softcap, mask, backend)
+    floor, head = head_arguments(hidden, weight, tokens, *given, sharded=sharded)
+    if kept is not None:
+        if workspace_bytes is not None:
+            raise ValueError("workspace_bytes bounds tiles of whole rows; leave it out with kept=")
+        if sharded:
+            raise ValueError("kept= needs the whole weight, got a shard; gather it for this call")
+        check_kept(kept, tokens.numel(), weight.shape[0], device)
+        rows, weight, flat_tokens, bias, scalar, per_row, scale, cap, flat_mask = head
+        scores = kept_token_logprobs(
+            _head_of_kept(rows, weight, bias, kept, scale, cap, flat_mask, floor),
+            *(flat_tokens, kept, scalar, per_row, flat_mask, floor),
+        )
+        return TokenLogprobs(*(score.reshape(shape) for score in scores)), None
+
+    arguments = (*head, check_workspace(workspace_bytes, device, head[0].dtype))
+    if process_group is not None:
+        results = shards.score_shards(floor, process_group, vocab_start, arguments)
+    elif floor == "reference":
+        results = reference.linear_token_logprobs(*arguments)
+    else:
+        results = _ops.handle("linear_token_logprobs", floor)(*arguments, _keeps(*head[:2]))
+    scores = TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
+    return scores, results[3][1] if len(results) > 3 else None
+
+
+def _keeps(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether there is a backward to keep logits for. Compiled, how many would fit is a question
+    about the number of rows, and each answer a compilation.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return wanted and not torch.compiler.is_compiling()
+
+
+def head_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+    backend: Backend,
+    sharded: bool = False,
+) -> tuple[str, tuple[Any, ...]]:
+    """The floor, and the operator's arguments before ``workspace_bytes``, checked and flat."""
+    _checks.check_tensor("hidden", hidden, _checks.FLOATS)
+    _checks.check_tensor("weight", weight, _checks.FLOATS)
     device, shape = hidden.device, hidden.shape[:-1]
     hidden, weight = _autocast(hidden, weight)
-    sharded = process_group is not None
     _check_head(hidden, weight, 0 if sharded else 1)
     select = _checks.as_mask(mask, shape, device, "the leading shape of hidden")
     if sharded:  # what V is comes to light when the shards are merged
@@ -163,27 +210,7 @@ def score_hidden(
         _checks.check_like("bias", bias, weight.shape[:1], device, "one per row of weight")
         bias = bias.to(wide).contiguous()
     scale, cap = _check_numbers(logit_scale, softcap)
-    floor = _backend.resolve(backend, device, hidden.dtype)
-    if kept is not None:
-        if workspace_bytes is not None:
-            raise ValueError("workspace_bytes bounds tiles of whole rows; leave it out with kept=")
-        if sharded:
-            raise ValueError("kept= needs the whole weight, got a shard; gather it for this call")
-        check_kept(kept, tokens.numel(), weight.shape[0], device)
-        rows = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, kept)
-        flat_mask = None if select is None else select.reshape(-1).contiguous()
-        scores = kept_token_logprobs(
-            _head_of_kept(*rows, scale, cap, flat_mask, floor),
-            tokens.reshape(-1).contiguous().long(),
-            kept,
-            scalar,
-            None if per_row is None else per_row.to(wide).reshape(-1).contiguous(),
-            flat_mask,
-            floor,
-        )
-        return TokenLogprobs(*(score.reshape(shape) for score in scores)), None
-
-    arguments = (
+    return _backend.resolve(backend, device, hidden.dtype), (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         tokens.reshape(-1).contiguous().long(),
@@ -192,25 +219,8 @@ def score_hidden(
         None if per_row is None else per_row.to(wide).reshape(-1).contiguous(),
         scale,
         cap,
-        None if select is None else select.reshape(-1),
-        _check_workspace(workspace_bytes, device, hidden.dtype),
+        None if select is None else select.reshape(-1).contiguous(),
     )
-    if process_group is not None:
-        results = shards.score_shards(floor, process_group, vocab_start, arguments)
-    elif floor == "reference":
-        results = reference.linear_token_logprobs(*arguments)
-    else:
-        results = _ops.handle("linear_token_logprobs", floor)(*arguments, _keeps(hidden, weight))
-    scores = TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
-    return scores, results[3][1] if len(results) > 3 else None
-
-
-def _keeps(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether there is a backward to keep logits for. Compiled, how many would fit is a question
-    about the number of rows, and each answer a compilation.
-    """
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return wanted and not torch.compiler.is_compiling()
 
 
 def _head_of_kept(
@@ -268,7 +278,7 @@ def _check_numbers(logit_scale: float, softcap: float | None) -> tuple[float, fl
     return scale, cap
 
 
-def _check_workspace(workspace_bytes: int | None, device: torch.device, dtype: torch.dtype) -> int:
+def check_workspace(workspace_bytes: int | None, device: torch.device, dtype: torch.dtype) -> int:
     if workspace_bytes is None:
         return tiles.WORKSPACE.get(device.type, tiles.WORKSPACE["cpu"])
     least = tiles.CHUNK_ROWS * tiles.row_bytes(device, dtype)

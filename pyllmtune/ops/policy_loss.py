@@ -91,54 +91,95 @@ def policy_loss(
     _checks.check_tensor("logprobs", logprobs, _checks.FLOATS)
     shape, device = logprobs.shape, logprobs.device
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    offsets = sequence_offsets("logprobs", logprobs, cu_seqlens)
+    given = (old_logprobs, advantages, cu_seqlens, ref_logprobs, weights, normalizer)
+    inputs = loss_inputs("logprobs", logprobs, dtype, *given, config)
+    select = _checks.as_mask(mask, shape, device, "the shape of logprobs")
+    if config.entropy_coef != 0.0 and entropy is None:
+        raise ValueError(
+            f"entropy_coef={config.entropy_coef} needs entropy=, the entropy of each token"
+        )
+    if entropy is not None:
+        _checks.check_tensor("entropy", entropy, _checks.FLOATS)
+        _checks.check_like("entropy", entropy, shape, device, "the shape of logprobs")
+        entropy = entropy.to(dtype).reshape(-1).contiguous()
+    floor = _backend.resolve(backend, device, dtype)
+    run = reference.policy_loss if floor == "reference" else _ops.handle("policy_loss", floor)
+    old, advantages, token_advantages, offsets, ref, weights, *divisor = inputs
+    loss, metrics = run(
+        logprobs.to(dtype).reshape(-1).contiguous(),
+        *(old, advantages, token_advantages, offsets),
+        None if select is None else select.reshape(-1).contiguous(),
+        *(ref, entropy, weights, *divisor, config.choices, config.constants),
+    )[:2]
+    return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
+
+
+class LossInputs(NamedTuple):
+    """The constants of an update, checked and flat, as the operator takes them."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    token_advantages: bool
+    offsets: Tensor
+    ref_logprobs: Tensor | None
+    weights: Tensor | None
+    normalizer: float
+    device_normalizer: Tensor | None
+
+
+def loss_inputs(
+    name: str,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    config: PolicyLossConfig,
+) -> LossInputs:
+    """``tokens``, called ``name`` in errors, has the shape of everything per token."""
+    shape, device = tokens.shape, tokens.device
+    offsets = sequence_offsets(name, tokens, cu_seqlens)
     sequences = offsets.shape[0] - 1
 
-    def flat(name: str, value: Tensor) -> Tensor:
-        _checks.check_tensor(name, value, _checks.FLOATS)
-        _checks.check_like(name, value, shape, device, "the shape of logprobs")
+    def flat(word: str, value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        _checks.check_tensor(word, value, _checks.FLOATS)
+        _checks.check_like(word, value, shape, device, f"the shape of {name}")
         return value.to(dtype).reshape(-1).contiguous()
 
-    def optional(name: str, value: Tensor | None) -> Tensor | None:
-        return None if value is None else flat(name, value)
-
     if isinstance(weights, Tensor) and weights.shape != shape:
-        weights = _broadcast_weights(weights, shape)
+        weights = _broadcast_weights(weights, shape, name)
     _checks.check_tensor("advantages", advantages, _checks.FLOATS)
     token_advantages = advantages.shape == shape
     if not token_advantages:
         of = f"one per sequence, or {list(shape)}, one per token"
         _checks.check_like("advantages", advantages, torch.Size((sequences,)), device, of)
-    select = _checks.as_mask(mask, shape, device, "the shape of logprobs")
-    scalar, device_normalizer = _split_normalizer(normalizer, config, device, dtype)
-    _check_inputs_of(config, ref_logprobs, entropy)
-
-    floor = _backend.resolve(backend, device, dtype)
-    run = reference.policy_loss if floor == "reference" else _ops.handle("policy_loss", floor)
-    loss, metrics = run(
-        flat("logprobs", logprobs),
+    number, device_normalizer = _split_normalizer(normalizer, config, device, dtype)
+    if config.kl != "none" and ref_logprobs is None:
+        raise ValueError(f"kl={config.kl!r} needs ref_logprobs=, the log-probs under the reference")
+    _checks.check_tensor("old_logprobs", old_logprobs, _checks.FLOATS)
+    return LossInputs(
         flat("old_logprobs", old_logprobs),
         advantages.to(dtype).reshape(-1).contiguous(),
         token_advantages,
         offsets,
-        None if select is None else select.reshape(-1).contiguous(),
-        optional("ref_logprobs", ref_logprobs),
-        optional("entropy", entropy),
-        optional("weights", weights),
-        scalar,
+        flat("ref_logprobs", ref_logprobs),
+        flat("weights", weights),
+        number,
         device_normalizer,
-        config.choices,
-        config.constants,
-    )[:2]
-    return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
+    )
 
 
-def _broadcast_weights(weights: Tensor, shape: torch.Size) -> Tensor:
+def _broadcast_weights(weights: Tensor, shape: torch.Size, name: str) -> Tensor:
     try:
         return weights.expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"weights must have shape {list(shape)}, the shape of logprobs, or broadcast to it; "
+            f"weights must have shape {list(shape)}, the shape of {name}, or broadcast to it; "
             f"got {list(weights.shape)}"
         ) from None
 
@@ -165,17 +206,6 @@ def _split_normalizer(
     if not (normalizer > 0 and math.isfinite(normalizer)):
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
     return float(normalizer), None
-
-
-def _check_inputs_of(
-    config: PolicyLossConfig, ref_logprobs: Tensor | None, entropy: Tensor | None
-) -> None:
-    if config.kl != "none" and ref_logprobs is None:
-        raise ValueError(f"kl={config.kl!r} needs ref_logprobs=, the log-probs under the reference")
-    if config.entropy_coef != 0.0 and entropy is None:
-        raise ValueError(
-            f"entropy_coef={config.entropy_coef} needs entropy=, the entropy of each token"
-        )
 
 
 def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
