@@ -14,6 +14,7 @@ from pyllmtune import (
     filter_logits,
     gae,
     kl_divergence,
+    linear_policy_loss,
     linear_token_logprobs,
     policy_loss,
     sample,
@@ -85,6 +86,22 @@ def _head(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     out = linear_token_logprobs(hidden, weight, tokens, backend=backend, **options)
     sum(value.square().sum() for value in out).backward()
     return [*(value.detach() for value in out), hidden.grad, weight.grad]
+
+
+def _head_and_loss(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*size, 65, generator=generator) for size in ((3, 5), (3001,)))
+    hidden = hidden.to(device, dtype).requires_grad_()
+    weight = (weight / 3).to(device, dtype).requires_grad_()
+    tokens = torch.randint(0, 3001, (3, 5), generator=generator).to(device)
+    old, advantages = -9 + torch.randn(3, 5, generator=generator), torch.tensor([1.0, -1.0, 0.5])
+    out = linear_policy_loss(
+        *(hidden, weight, tokens, old.to(device), advantages.to(device)),
+        config=PolicyLossConfig(rule="unclipped", log_ratio_limit=3.0, entropy_coef=0.1),
+        backend=backend,
+    )
+    out.loss.backward()
+    return [out.loss.detach(), hidden.grad, weight.grad]
 
 
 def _kept_head(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -167,6 +184,7 @@ CHECKS = {
     "kl_divergence": _divergence,
     "kept_token_logprobs": _kept,
     "linear_token_logprobs": _head,
+    "linear_policy_loss": _head_and_loss,
     "kept_logits": _kept_head,
     "sample": _decode,
     "beam_step": _beam,

@@ -24,6 +24,7 @@ from pyllmtune.losses.reinforce import reinforce_loss
 from pyllmtune.losses.sequences import Reduction
 from pyllmtune.losses.value import Aggregation as ValueAggregation
 from pyllmtune.losses.value import ValueLossOutput, value_loss
+from pyllmtune.ops.linear_policy_loss import linear_policy_loss
 from pyllmtune.ops.linear_token_logprobs import linear_token_logprobs
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
 from pyllmtune.ops.token_logprobs import TokenLogprobs
@@ -123,6 +124,38 @@ class PolicyLoss(_Loss):
     ) -> PolicyLossOutput:
         """``tensors``: cu_seqlens, ref_logprobs, entropy, weights, normalizer."""
         return policy_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class LinearPolicyLoss(_Loss):
+    """``linear_policy_loss`` under one configuration; the lm_head's weight comes with the call.
+
+    >>> import torch
+    >>> hidden, weight = torch.zeros(1, 1, 2), torch.zeros(4, 2)  # four tokens, alike
+    >>> old = torch.full((1, 1), 0.5).log()
+    >>> LinearPolicyLoss()(hidden, weight, torch.tensor([[3]]), old, torch.tensor([1.0])).loss
+    tensor(-0.5000)
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    config: PolicyLossConfig = _DEFAULT
+    workspace_bytes: int | None = None
+    backend: Backend = "auto"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        **tensors: Tensor | float | None,
+    ) -> PolicyLossOutput:
+        """``tensors``: bias, temperature, cu_seqlens, ref_logprobs, weights, normalizer."""
+        given = (hidden, weight, tokens, old_logprobs, advantages, mask)
+        return linear_policy_loss(*given, **tensors, **self.options)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -18,6 +18,11 @@ B, T = 4, 5
 # module, its function, options that are not the defaults, and the tensors both take
 CASES = {
     "PolicyLoss": ("policy_loss", {"config": PolicyLossConfig(rule="cispo")}, "token"),
+    "LinearPolicyLoss": (
+        "linear_policy_loss",
+        {"softcap": 9.0, "config": PolicyLossConfig(rule="cispo")},
+        "head",
+    ),
     "PPOClipLoss": ("ppo_clip_loss", {"eps": 0.1, "dual_clip": 3.0}, "token"),
     "GRPOLoss": ("grpo_loss", {"kl_coef": 0.1, "eps_high": 0.3, "level": "sequence"}, "token"),
     "ReinforceLoss": ("reinforce_loss", {"aggregation": "token-mean"}, "reward"),
@@ -40,6 +45,9 @@ def tensors(kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
         if kind == "reward":
             return [leaf, advantages, mask], {}
         return [leaf, leaf.detach() - 0.05 * torch.randn(B, T), advantages, mask], {}
+    if kind == "head":
+        hidden, weight = torch.randn(B, T, 3, requires_grad=True), torch.randn(7, 3)
+        return [hidden, weight, torch.randint(0, 7, (B, T)), logprobs, torch.randn(B)], {}
     if kind == "value":
         values, returns = torch.randn(2, B, T)
         return [values.requires_grad_(), returns], {"old_values": values.detach() + 0.1}
@@ -72,6 +80,7 @@ def test_options_are_the_functions(name):
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind == inspect.Parameter.KEYWORD_ONLY
         and (not parameter.annotation.startswith(("Tensor", "float | Tensor |")))
+        and parameter.name != "temperature"  # may be a tensor, one per token
     }
     assert module().options == taken
 
