@@ -16,6 +16,7 @@ from benchmarks import (
     bench_kept_logits,
     bench_kept_token_logprobs,
     bench_kl_divergence,
+    bench_linear_policy_loss,
     bench_linear_token_logprobs,
     bench_policy_loss,
     bench_sample,
@@ -42,6 +43,7 @@ BENCHES = {
         bench_kept_token_logprobs,
         bench_kept_logits,
         bench_linear_token_logprobs,
+        bench_linear_policy_loss,
         bench_policy_loss,
         bench_gae,
     )

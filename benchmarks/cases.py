@@ -15,6 +15,7 @@ Results = dict[str, Any]  # name -> tensor, or number
 PROVIDERS = (
     *("pyllmtune", "eager", "torch.compile", "trl"),
     *("F.linear_cross_entropy", "matmul"),  # of linear_token_logprobs
+    "linear_token_logprobs",  # and policy_loss, of linear_policy_loss
 )
 PROBES = ("read", "clone", "rewrite")
 

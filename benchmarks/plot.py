@@ -24,6 +24,7 @@ Row = dict[str, str]
 COLORS = {
     **{"pyllmtune": "#0b6e99", "eager": "#9aa5b1", "torch.compile": "#e08e45", "trl": "#7a5195"},
     **{"F.linear_cross_entropy": "#c2504e", "matmul": "#4f7942"},
+    "linear_token_logprobs": "#58508d",
 }
 SWEEPS = {
     "forward over V": 1,

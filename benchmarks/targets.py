@@ -22,6 +22,7 @@ SHAPES = {
     "kl_divergence": "64x151936",
     "kept_token_logprobs": "64x151936",
     "linear_token_logprobs": "512x896x151936",
+    "linear_policy_loss": "512x896x151936",
     "kept_logits": "512x896x151936",
     "policy_loss": "64x4096",
     "gae": "64x4096",
@@ -73,6 +74,10 @@ SPEEDUPS = {
         ("forward + backward", "bfloat16", "trl", 10.0),
         ("forward with entropy", "float32", "matmul", 1 / 1.15),
         ("forward + backward with entropy", "float32", "matmul", 1 / 1.15),
+    ),
+    "linear_policy_loss": (
+        ("token level", "float32", "linear_token_logprobs", 1.2),
+        ("token level", "bfloat16", "linear_token_logprobs", 1.2),
     ),
     "policy_loss": (
         ("ppo token level", "float32", "eager", 5.0),

@@ -8,112 +8,19 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pyllmtune import (
-    PolicyLossConfig,
-    _ops,
-    linear_policy_loss,
-    linear_token_logprobs,
-    policy_loss,
-)
-from pyllmtune.losses.metrics import MAXIMA, SUMS
+from pyllmtune import PolicyLossConfig, linear_policy_loss, linear_token_logprobs, policy_loss
+from pyllmtune.losses.metrics import SUMS
 from pyllmtune.ops import linear_policy_blocks as blocks
 from tests import helpers
+from tests.linear_policy_cases import VALUES, batch, compare, run, small_chunks, workspace
 
 CPU = torch.device("cpu")
-# losses are sums of e^r of log-probs with the error of linear_token_logprobs, 1e-5
-VALUES = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-5,
-    torch.float16: 2e-5,
-}
-
-
-def batch(
-    B: int = 3, T: int = 4, D: int = 9, V: int = 300, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Old log-probs near the policy's, so that some ratios are clipped and others are not."""
-    hidden = torch.randn(B, T, D).to(dtype)
-    weight = (torch.randn(V, D) * 2 / D**0.5).to(dtype)
-    tokens = torch.randint(0, V, (B, T))
-    logprobs = (hidden.double() @ weight.double().T).log_softmax(-1)
-    old = logprobs.gather(-1, tokens[..., None])[..., 0] + 0.3 * torch.randn(B, T)
-    return {
-        "hidden": hidden,
-        "weight": weight,
-        "tokens": tokens,
-        "old_logprobs": old.float(),
-        "advantages": torch.randn(B),
-        "mask": torch.rand(B, T) > 0.3,
-        "ref_logprobs": (old + 0.2 * torch.randn(B, T)).float(),
-        "weights": torch.rand(B, T) * (torch.rand(B, T) > 0.1),
-    }
-
-
-def leaves_of(data: dict[str, Tensor]) -> list[str]:
-    return [name for name in ("hidden", "weight", "bias") if name in data]
-
-
-def run(data: dict[str, Tensor], backend: str, function=linear_policy_loss, **options):
-    """Loss, metrics, and gradients of 1.5 times the loss."""
-    names = leaves_of(data)
-    leaves = {name: data[name].detach().clone().requires_grad_() for name in names}
-    out = function(**{**data, **leaves}, backend=helpers.use(backend), **options)
-    grads = torch.autograd.grad(1.5 * out.loss, list(leaves.values()))
-    return out.loss.detach(), out.metrics.vector, grads
-
-
-def wide(data: dict) -> dict:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in data.items()
-    }
-
-
-def compare(data: dict[str, Tensor], backend: str, **options) -> tuple[Tensor, ...]:
-    dtype = data["hidden"].dtype
-    loss, metrics, grads = run(data, backend, **options)
-    options.pop("workspace_bytes", None)
-    want, expected, truth = run(wide(data), "reference", **wide(options))
-    assert loss.dtype == helpers.accumulator(dtype)
-    helpers.assert_close(loss, want, VALUES[dtype], "loss")
-    tokens = expected[0].clamp(min=1)  # sums as the means that to_dict makes of them
-    for slot, a, b in zip(SUMS + MAXIMA, metrics, expected, strict=True):
-        count = tokens if slot in SUMS else 1
-        helpers.assert_close(a[None] / count, b[None] / count, VALUES[dtype], slot)
-    for name, grad, right in zip(leaves_of(data), grads, truth, strict=True):
-        assert grad.dtype == data[name].dtype
-        size = right.abs().max().clamp(min=1e-300)  # of its own, so that none passes by being small
-        # the gradient of the logits is rounded to the operands' dtype, then the sum
-        bound = 2 * helpers.BACKWARD[dtype]
-        helpers.assert_close(grad.double() / size, right / size, bound, f"gradient of {name}")
-    return grads
-
-
-def workspace(data: dict[str, Tensor], rows: int) -> int:
-    """So that this many rows are taken at a time."""
-    hidden, vocab = data["hidden"], data["weight"].shape[0]
-    return rows * blocks.row_bytes(vocab, hidden.device, hidden.dtype)
 
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Chunks of 4 rows instead of 512, so that small batches take several; counts what ran."""
-    monkeypatch.setattr(blocks, "CHUNK_ROWS", 4)
-    seen = []
-    sizes = blocks._Gradients.add
-
-    def add(self, logits, *rest):
-        seen.append(logits.shape[0])
-        return sizes(self, logits, *rest)
-
-    monkeypatch.setattr(blocks._Gradients, "add", add)
-    for word in ("linear_policy_loss", "linear_token_logprobs"):
-        monkeypatch.setattr(f"pyllmtune.ops.{word}.check_workspace", lambda *_: 1 << 25)
-    return seen
+    return small_chunks(monkeypatch)
 
 
 PRESETS = (
@@ -246,8 +153,7 @@ def test_nothing_to_learn_from(backend, rows, chunks):
 @pytest.mark.parametrize("backend", helpers.KERNELS)
 @pytest.mark.parametrize("rows", (None, 4), ids=("whole", "chunks"))
 def test_rows_without_a_gradient_are_left_out(backend, rows, chunks):
-    """A token that is not finite is dropped, and a NaN in its row would spoil dW if it took part.
-    """
+    """A NaN in a row that is dropped would spoil dW if it took part."""
     data = batch() | {"mask": None}
     data["hidden"][0, 1] = math.nan
     data["old_logprobs"][1, 2] = -math.inf
@@ -322,123 +228,6 @@ def test_same_as_the_two_functions(backend, name):
     assert torch.equal(loss, want) and torch.equal(metrics, expected)
     for grad, right in zip(grads, truth, strict=True):
         torch.testing.assert_close(grad, right, rtol=1e-5, atol=1e-7)
-
-
-def test_retain_graph_and_checkpointing_give_the_same_gradients():
-    data = batch()
-    leaves = [data[name].clone().requires_grad_() for name in ("hidden", "weight")]
-    rest = {name: value for name, value in data.items() if name not in ("hidden", "weight")}
-
-    def loss(hidden: Tensor) -> Tensor:
-        return linear_policy_loss(hidden, leaves[1], **rest).loss
-
-    once = loss(leaves[0])
-    first = torch.autograd.grad(once, leaves, retain_graph=True)
-    want = [grad.clone() for grad in first]
-    for grad in first:
-        grad.mul_(100.0)  # whoever got it may do so
-    again = torch.autograd.grad(3.0 * once, leaves, retain_graph=True)
-    last = torch.autograd.grad(once, leaves)
-    kept = torch.autograd.grad(checkpoint(loss, leaves[0], use_reentrant=False), leaves)
-    for a, b, c, right in zip(again, last, kept, want, strict=True):
-        torch.testing.assert_close(a, 3.0 * right, rtol=1e-6, atol=0)
-        assert torch.equal(b, right) and torch.equal(c, right)
-    for _ in range(2):
-        loss(leaves[0]).backward()  # micro-batches add up
-    torch.testing.assert_close(leaves[1].grad, 2.0 * want[1])
-
-
-def test_autocast_casts_as_a_linear_layer_would():
-    data = batch(D=16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run(data, "auto")
-    rounded = {**data, **{name: data[name].bfloat16() for name in ("hidden", "weight")}}
-    want = run(rounded, "auto")
-    assert torch.equal(got[0], want[0])
-    for grad, right in zip(got[2], want[2], strict=True):
-        assert grad.dtype == torch.float32 and torch.equal(grad, right.float())
-
-
-def operator_args(dtype: torch.dtype, rows: int, **changes) -> tuple:
-    """Of the operator: 5 rows in chunks of ``rows``."""
-    wide = helpers.accumulator(dtype)
-    leaf = {name: torch.randn(n, 3, dtype=wide).to(dtype) for name, n in (("x", 5), ("w", 17))}
-    x, w = (value.requires_grad_() for value in leaf.values())
-    bias = torch.randn(17, dtype=wide).requires_grad_()
-    config = PolicyLossConfig(**{"entropy_coef": 0.1, **changes})
-    old, advantages = -3 * torch.rand(5, dtype=wide), torch.randn(2, dtype=wide)
-    space = rows * blocks.row_bytes(17, CPU, dtype)
-    return (
-        *(x, w, torch.randint(0, 17, (5,)), bias, 1.0, None, 1.0, 0.0, None, space),
-        *(old, advantages, False, torch.tensor([0, 2, 5]), None, None, 0.0, None),
-        *(config.choices, config.constants, True, True, True),
-    )
-
-
-@pytest.mark.parametrize("floor", helpers.KERNELS)
-@pytest.mark.parametrize("rows", (5, 4), ids=("whole", "chunks"))
-def test_opcheck(floor, rows, chunks):
-    run = _ops.handle("linear_policy_loss", helpers.use(floor))
-    torch.library.opcheck(run, operator_args(torch.float32, rows))
-    times = _ops.handle("linear_policy_loss_backward", floor)
-    torch.library.opcheck(times, (torch.rand(3, 4).bfloat16(), torch.tensor(0.3), torch.bfloat16))
-
-
-def test_the_operator_refuses_a_workspace_that_is_too_small():
-    args = operator_args(torch.float32, 4, level="sequence")
-    with pytest.raises(ValueError, match=r"workspace_bytes=\d+ does not hold the rows"):
-        _ops.handle("linear_policy_loss", helpers.use("cpp"))(*args)
-
-
-@pytest.mark.parametrize("backend", ("reference", "cpp"))
-@pytest.mark.parametrize("rows", (None, 4), ids=("whole", "chunks"))
-@pytest.mark.parametrize("level", ("token", "sequence"))
-def test_gradcheck(backend, rows, level, chunks):
-    """Float64 finite differences; no bound is active, for those jump."""
-    data = batch(2, 4, 3, 11, torch.float64) | {"bias": torch.randn(11, dtype=torch.float64)}
-    data |= {name: value.double() for name, value in data.items() if value.is_floating_point()}
-    config = PolicyLossConfig(level=level, rule="unclipped", entropy_coef=0.3, kl="k3", kl_coef=0.2)
-    rest = {name: value for name, value in data.items() if name not in leaves_of(data)}
-    space = None if rows is None else workspace(data, rows)
-
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        options = {"config": config, "softcap": 3.0, "workspace_bytes": space}
-        options["backend"] = helpers.use(backend)
-        return linear_policy_loss(hidden, weight, bias=bias, **rest, **options).loss
-
-    leaves = [data[name].requires_grad_() for name in leaves_of(data)]
-    assert torch.autograd.gradcheck(loss, leaves)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", (None, 4), ids=("whole", "two functions"))
-def test_compile_has_no_graph_break_and_no_recompile(rows):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    options = {"config": PolicyLossConfig(level="sequence", entropy_coef=0.1)}
-    options |= {"workspace_bytes": 512 * 3 * 4096 * 6} if rows else {}
-
-    def step(hidden, weight, data):
-        return linear_policy_loss(hidden, weight, **data, **options).loss
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
-    frames = []
-    for _ in range(3):
-        data = batch()
-        leaves = [
-            [data[name].clone().requires_grad_() for name in ("hidden", "weight")] for _ in range(2)
-        ]
-        rest = {name: value for name, value in data.items() if name not in ("hidden", "weight")}
-        got, want = compiled(*leaves[0], rest), step(*leaves[1], rest)
-        torch.testing.assert_close(got, want)
-        got.backward(), want.backward()
-        for a, b in zip(*leaves, strict=True):
-            torch.testing.assert_close(a.grad, b.grad)
-        frames.append(counter.frame_count)
-    assert frames[0] == frames[-1]
 
 
 BAD = {

@@ -25,9 +25,7 @@ from pyllmtune.ops.policy_loss import LossInputs
 # on that what the kept logits save
 DEFAULT_ROWS = {"cpu": 512, "cuda": 4096}
 # aggregations under which a token's gradient does not depend on its sequence
-_BY_TOKEN = [
-    code("aggregation", name) for name in ("token-mean", "seq-mean-token-sum", "constant")
-]
+_BY_TOKEN = [code("aggregation", name) for name in ("token-mean", "seq-mean-token-sum", "constant")]
 
 
 def row_bytes(vocab: int, device: torch.device, dtype: torch.dtype) -> int:

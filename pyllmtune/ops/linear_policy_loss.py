@@ -1,4 +1,4 @@
-"""linear_policy_loss: the lm_head and the policy loss in one node, three matmuls instead of four."""
+"""linear_policy_loss: the lm_head and the policy loss in one node, in three matmuls, not four."""
 
 from __future__ import annotations
 

@@ -144,9 +144,10 @@ def score_hidden(
     weight, bias, process_group, vocab_start = shards.of_rank(
         weight, bias, process_group, vocab_start
     )
-    device, shape, sharded = hidden.device, hidden.shape[:-1], process_group is not None
+    sharded = process_group is not None
     given = (bias, temperature, logit_scale, softcap, mask, backend)
     floor, head = head_arguments(hidden, weight, tokens, *given, sharded=sharded)
+    device, shape = hidden.device, hidden.shape[:-1]
     if kept is not None:
         if workspace_bytes is not None:
             raise ValueError("workspace_bytes bounds tiles of whole rows; leave it out with kept=")
