@@ -76,8 +76,8 @@ SPEEDUPS = {
         ("forward + backward with entropy", "float32", "matmul", 1 / 1.15),
     ),
     "linear_policy_loss": (
-        ("token level", "float32", "linear_token_logprobs", 1.2),
-        ("token level", "bfloat16", "linear_token_logprobs", 1.2),
+        ("token level", "float32", "linear_token_logprobs", 1.0),
+        ("token level", "bfloat16", "linear_token_logprobs", 1.0),
     ),
     "policy_loss": (
         ("ppo token level", "float32", "eager", 5.0),
