@@ -164,7 +164,7 @@ def score(head: Head, kept: Tensor) -> Tensor:
 
 def forward(head: Head, keep_logits: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy, logsumexp ``[N]``, stats ``[2, N]`` = (max, sum), and logits that were
-    kept, ``[N, columns]``; the kernels change them where they are not plain products.
+    kept, ``[N, columns]``: plain products only, without bias, scale or cap.
     """
     rows, vocab = head.hidden.shape[0], head.weight.shape[0]
     plain = head.bias is None and head.logit_scale == 1.0 and head.softcap == 0.0
