@@ -205,7 +205,7 @@ def test_opcheck(floor, optional):
     helpers.use(floor)
     args = operator_args(optional)
     check = torch.library.opcheck
-    check(_ops.handle("linear_token_logprobs", floor), args)
+    check(_ops.handle("linear_token_logprobs", floor), (*args, False))
     plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
     check(_ops.handle("linear_token_logprobs", floor), (*args, True))
     _, entropy, _, stats, logits = _ops.handle("linear_token_logprobs", floor)(*plain, True)

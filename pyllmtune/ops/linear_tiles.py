@@ -162,7 +162,7 @@ def score(head: Head, kept: Tensor) -> Tensor:
     return out
 
 
-def forward(head: Head, keep_logits: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(head: Head, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy, logsumexp ``[N]``, stats ``[2, N]`` = (max, sum), and logits that were
     kept, ``[N, columns]``: plain products only, without bias, scale or cap.
     """
