@@ -19,7 +19,7 @@ from pyllmtune import _ops
 from pyllmtune.losses.config import code
 from pyllmtune.ops import linear_tiles as tiles
 from pyllmtune.ops.linear_tiles import ALIGNED, CHUNK_ROWS, Head
-from pyllmtune.ops.policy_loss import LossInputs
+from pyllmtune.ops.policy_loss import LossInputs, run_policy_loss
 
 # rows of a chunk by default. Every chunk reads W three times and dW twice: fewer rows would spend
 # on that what the kept logits save
@@ -60,16 +60,11 @@ class _Loss:
     """policy_loss on log-probs and entropy that the head has made."""
 
     def __init__(self, head: Head, inputs: LossInputs, numbers: tuple[list[int], list[float]]):
-        self.run = _ops.handle("policy_loss", head.floor)
-        self.mask, self.inputs, self.numbers = head.mask, inputs, numbers
+        self.floor, self.mask, self.inputs, self.numbers = head.floor, head.mask, inputs, numbers
 
     def of_batch(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
         """loss, metrics, gradients by log-prob and entropy before they are scaled, scale."""
-        old, advantages, token_advantages, offsets, ref, weights, *normalizer = self.inputs
-        return self.run(
-            *(logprobs, old, advantages, token_advantages, offsets, self.mask),
-            *(ref, entropy, weights, *normalizer, *self.numbers),
-        )
+        return run_policy_loss(self.floor, logprobs, self.mask, entropy, self.inputs, self.numbers)
 
     def of_rows(self, logprobs: Tensor, entropy: Tensor, index: Tensor | slice) -> Tensor:
         """``[2, rows]``: the same gradients of some rows, as if they were one sequence."""
@@ -79,14 +74,18 @@ class _Loss:
             advantages = advantages[torch.bucketize(total[index], offsets[1:], right=True)]
         else:
             advantages = advantages[index]
-        rows = logprobs.shape[0]
-        grads = self.run(
-            *(logprobs, old[index], advantages, True, torch.arange(2, device=old.device) * rows),
+        sequence = LossInputs(
+            old[index],
+            advantages,
+            True,
+            torch.arange(2, device=old.device) * logprobs.shape[0],
+            None if ref is None else ref[index],
+            None if weights is None else weights[index],
+            1.0,
             None,
-            *(None if ref is None else ref[index], entropy),
-            *(None if weights is None else weights[index], 1.0, None, *self.numbers),
-        )[2:4]
-        return torch.stack(grads)
+        )
+        run = run_policy_loss(self.floor, logprobs, None, entropy, sequence, self.numbers)
+        return torch.stack(run[2:4])
 
 
 class _Gradients:
@@ -100,12 +99,10 @@ class _Gradients:
         hidden, weight = head.hidden, head.weight
         self.head, self.wanted = head, wanted
         self.dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        self.begun = False
-        # a tile of dW is complete after the only chunk, and rounded there
-        self.rounds = one_chunk and self.dtype != head.dtype
-        by_weight = self.dtype if self.rounds else head.dtype
         rows = hidden.shape[0] if wanted[0] else 0
         self.hidden = hidden.new_zeros((rows, hidden.shape[1]), dtype=head.dtype)
+        # a tile of dW is complete after the only chunk, and rounded there
+        by_weight = self.dtype if one_chunk else head.dtype
         self.weight = weight.new_zeros(weight.shape if wanted[1] else (0,), dtype=by_weight)
         self.bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=head.dtype)
 
@@ -114,42 +111,20 @@ class _Gradients:
         logits: Tensor,
         index: Tensor | slice,
         stats: Tensor,
-        upstream: Tensor,
-        spaces: tuple[Tensor, Tensor],
+        entropy: Tensor,
+        upstream: tuple[Tensor, ...],
     ) -> None:
-        """One chunk: logits ``[rows, V]``, stats and upstream ``[3, rows]``."""
-        head, weight, rows = self.head, self.head.weight, logits.shape[0]
-        live = (upstream != 0).any(0).nonzero()[:, 0]  # NaN counts
-        if live.shape[0] == 0:
-            return
-        everything = live.shape[0] == rows
-        if not everything:
-            rows, stats, upstream = live.shape[0], stats[:, live], upstream[:, live]
-            index = live + index.start if isinstance(index, slice) else index[live]
-        x = head.hidden[index]
-        by_x = x.new_empty(rows if self.wanted[0] else 0, x.shape[1], dtype=head.dtype)
-        space, space_dz = (value[:rows] for value in spaces)
-        if self.rounds and self.wanted[1]:
-            partial = weight.new_empty(space.shape[1], x.shape[1], dtype=head.dtype)
-        for first, last in head.columns():
-            tile = logits[:, first:last]
-            if not everything:
-                tile = torch.index_select(tile, 0, live, out=space[:, : last - first])
-            dz = space_dz[:, : last - first]
-            head.call("tile_backward", tile, first, index, stats, upstream, dz)
-            if self.wanted[0]:
-                tiles.multiply(dz, weight[first:last], by_x, add=first > 0)
-            if self.wanted[1]:
-                of_tile = partial[: last - first] if self.rounds else self.weight[first:last]
-                tiles.multiply(dz.T, x, of_tile, add=self.begun)
-                if self.rounds:
-                    self.weight[first:last] = of_tile
-            if self.wanted[2]:
-                ones = x.new_ones(rows, 1)
-                tiles.multiply(dz.T, ones, self.bias[first:last, None], add=self.begun)
+        """One chunk: logits ``[rows, V]``, stats ``[2, rows]`` and vectors ``[rows]``."""
+        by_hidden, _, by_bias = tiles.backward(
+            *(self.head.part(index), entropy, stats, upstream, self.wanted),
+            wide_hidden=True,
+            logits=logits,
+            grad_weight=self.weight,
+        )
         if self.wanted[0]:
-            self.hidden[index] = by_x
-        self.begun = True
+            self.hidden[index] = by_hidden
+        if self.wanted[2]:
+            self.bias += by_bias
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if scale is not None:
@@ -175,15 +150,12 @@ def forward(
     loss, grads = _Loss(head, inputs, numbers), _Gradients(head, wanted, one_chunk)
     logprobs, entropy = hidden.new_zeros(2, hidden.shape[0], dtype=head.dtype).unbind()
     result: tuple[Tensor, ...] | None = None
-    spaces: tuple[Any, ...] = ()
+    kept = None
     for begin, end, index in head.chunks(rows, size):
-        if not spaces:
+        if kept is None:
             kept = head.workspace(end - begin, head.dtype, vocab)
-            spaces = tuple(
-                head.workspace(end - begin, dtype) for dtype in (head.dtype, hidden.dtype)
-            )
         logits = kept[: end - begin, :vocab]
-        scores, running = head.scores(hidden[index], index, logits, spaces[0])
+        scores, running = head.scores(hidden[index], index, logits, kept)
         logprobs[index], entropy[index] = scores[:2]
         if one_chunk:
             result = loss.of_batch(logprobs, entropy)
@@ -191,9 +163,8 @@ def forward(
             upstream = upstream * result[4] if scaled else upstream
         else:
             upstream = loss.of_rows(scores[0], scores[1], index)
-        stats = torch.stack((running[0], running[1], scores[1]))
-        upstream = torch.cat((upstream, torch.zeros_like(upstream[:1])))
-        grads.add(logits, index, stats, upstream, spaces)
+        no_logsumexp = torch.zeros_like(upstream[0])
+        grads.add(logits, index, running[:2], scores[1], (*upstream, no_logsumexp))
     if result is None:
         result = loss.of_batch(logprobs, entropy)
     return (*result[:2], *grads.finish(None if scaled else result[4]))

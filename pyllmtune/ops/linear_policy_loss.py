@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from pyllmtune.ops import linear_tiles as tiles
 from pyllmtune.ops.linear_token_logprobs import (
     check_workspace,
     head_arguments,
+    keeps_logits,
     linear_token_logprobs,
 )
-from pyllmtune.ops.policy_loss import PolicyLossOutput, loss_inputs, policy_loss
+from pyllmtune.ops.policy_loss import PolicyLossOutput, loss_inputs, policy_loss, run_policy_loss
 from pyllmtune.reference import linear_policy_loss as reference
 
 _DEFAULT = PolicyLossConfig()
@@ -98,15 +98,32 @@ def linear_policy_loss(
     >>> out.loss  # logits 3 and 1: the probability went from 1/2 to 0.1192
     tensor(-0.2384)
     """
-    two = partial(
-        *(_two_functions, hidden, weight, tokens, old_logprobs, advantages, mask),
-        head={"bias": bias, "temperature": temperature, "logit_scale": logit_scale}
-        | {"softcap": softcap, "workspace_bytes": workspace_bytes, "backend": backend},
-        loss={"cu_seqlens": cu_seqlens, "ref_logprobs": ref_logprobs, "weights": weights}
-        | {"normalizer": normalizer, "config": config, "backend": backend},
-    )
     if hasattr(weight, "placements"):  # a DTensor
-        return two()
+        scores = linear_token_logprobs(
+            hidden,
+            weight,
+            tokens,
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            mask=mask,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
+        return policy_loss(
+            scores.logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            cu_seqlens=cu_seqlens,
+            ref_logprobs=ref_logprobs,
+            entropy=scores.entropy,
+            weights=weights,
+            normalizer=normalizer,
+            config=config,
+            backend=backend,
+        )
     given = (bias, temperature, logit_scale, softcap, mask, backend)
     floor, head = head_arguments(hidden, weight, tokens, *given)
     rows, device = head[0], hidden.device
@@ -114,38 +131,25 @@ def linear_policy_loss(
         *("tokens", tokens, tiles.accumulator(rows.dtype), old_logprobs, advantages, cu_seqlens),
         *(ref_logprobs, weights, normalizer, config),
     )
-    check_workspace(workspace_bytes, device, rows.dtype)
+    two_space = check_workspace(workspace_bytes, device, rows.dtype)
     shape = (weight.shape[0], device, rows.dtype)
     space = blocks.default_workspace(*shape) if workspace_bytes is None else workspace_bytes
     numbers = (config.choices, config.constants)
-    if floor == "reference":
-        loss, metrics = reference.linear_policy_loss(*head, space, *inputs, *numbers)
-        return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
     wanted = [
         torch.is_grad_enabled() and value is not None and value.requires_grad
         for value in (rows, head[1], head[3])
     ]
     size = blocks.chunk_rows(rows.shape[0], *shape, space, config.choices)
-    if size == 0 or not any(wanted):
-        return two()
-    run = _ops.handle("linear_policy_loss", floor)
-    loss, metrics = run(*head, space, *inputs, *numbers, *wanted)[:2]
+    if floor == "reference":
+        loss, metrics = reference.linear_policy_loss(*head, space, *inputs, *numbers)
+    elif size > 0 and any(wanted):
+        run = _ops.handle("linear_policy_loss", floor)
+        loss, metrics = run(*head, space, *inputs, *numbers, *wanted)[:2]
+    else:
+        run, keeps = _ops.handle("linear_token_logprobs", floor), keeps_logits(*head[:2])
+        logprobs, entropy = run(*head, two_space, keeps)[:2]
+        loss, metrics = run_policy_loss(floor, logprobs, head[-1], entropy, inputs, numbers)[:2]
     return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
-
-
-def _two_functions(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    head: dict[str, Any],
-    loss: dict[str, Any],
-) -> PolicyLossOutput:
-    scores = linear_token_logprobs(hidden, weight, tokens, mask=mask, **head)
-    given = (scores.logprobs, old_logprobs, advantages, mask)
-    return policy_loss(*given, entropy=scores.entropy, **loss)
 
 
 def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

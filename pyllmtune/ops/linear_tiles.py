@@ -15,8 +15,9 @@ V]``, a few or none by default. They are the same bits either way.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,6 +105,13 @@ class Head:
             end = min(begin + size, count)
             yield begin, end, slice(begin, end) if rows is None else rows[begin:end]
 
+    def part(self, index: Tensor | slice) -> Head:
+        """Some of its rows, in one chunk."""
+        per_row = (self.hidden, self.tokens, self.row_temperature)
+        hidden, tokens, temperatures = (None if x is None else x[index] for x in per_row)
+        of_rows = {"hidden": hidden, "tokens": tokens, "row_temperature": temperatures}
+        return replace(self, **of_rows, mask=None, workspace_bytes=sys.maxsize)
+
     def columns(self) -> Iterator[tuple[int, int]]:
         vocab, size = self.weight.shape[0], tile_columns(self.weight.device)
         for first in range(0, vocab, size):
@@ -187,9 +195,11 @@ def backward(
     wanted: tuple[bool, bool, bool],
     wide_hidden: bool = False,
     logits: Tensor | None = None,
+    grad_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those that are not wanted are empty. The first is
     rounded to the dtype of hidden, unless it is wanted wide. ``logits``: what forward kept.
+    ``grad_weight``: where the second goes; in float32 it is added to what is there.
     """
     hidden, weight, bias = head.hidden, head.weight, head.bias
     idle = sum(grad != 0 for grad in upstream) == 0  # NaN counts
@@ -203,7 +213,10 @@ def backward(
     grad_hidden = hidden.new_zeros(live.shape[0] if wanted[0] else 0, hidden.shape[1]).to(
         head.dtype
     )
-    grad_weight = torch.zeros_like(weight) if wanted[1] else weight.new_empty(0)
+    grows = grad_weight is not None and grad_weight.dtype == head.dtype
+    if grad_weight is None:
+        grad_weight = weight.new_zeros(weight.shape if wanted[1] else (0,))
+    rounds = grad_weight.dtype != head.dtype  # once a tile of it is complete
     grad_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=head.dtype)
     space = None
     for first, last in head.columns():
@@ -211,10 +224,15 @@ def backward(
             if space is None:
                 space = head.workspace(end - begin, head.dtype)
                 space_dz = head.workspace(end - begin, hidden.dtype)
-                partial = hidden.new_empty(space.shape[1], hidden.shape[1], dtype=head.dtype)
+                partial = hidden.new_empty(
+                    space.shape[1] if rounds and wanted[1] else 0, hidden.shape[1], dtype=head.dtype
+                )
             x = hidden[index]
             if logits is not None and last <= logits.shape[1]:
-                tile = logits[:, first:last][slice(begin, end) if rows is None else at[begin:end]]
+                tile = logits[begin:end, first:last]
+                if rows is not None:
+                    kept, out = logits[:, first:last], space[: end - begin, : last - first]
+                    tile = torch.index_select(kept, 0, at[begin:end], out=out)
             else:
                 tile = head.logits(x, first, last, space)
             dz = space_dz[: end - begin, : last - first]
@@ -223,11 +241,12 @@ def backward(
             if wanted[0]:
                 multiply(dz, weight[first:last], grad_hidden[begin:end], add=first > 0)
             if wanted[1]:
-                multiply(dz.T, x, partial[: last - first], add=begin > 0)
+                sums = partial[: last - first] if rounds else grad_weight[first:last]
+                multiply(dz.T, x, sums, add=grows or begin > 0)
             if wanted[2]:
                 ones = x.new_ones(end - begin, 1)
                 multiply(dz.T, ones, grad_bias[first:last, None], add=begin > 0)
-        if wanted[1] and live.shape[0] > 0:
+        if wanted[1] and rounds and live.shape[0] > 0:
             grad_weight[first:last] = partial[: last - first]
     if wanted[0]:
         grad_hidden = grad_hidden if wide_hidden else grad_hidden.to(hidden.dtype)

@@ -167,12 +167,12 @@ def score_hidden(
     elif floor == "reference":
         results = reference.linear_token_logprobs(*arguments)
     else:
-        results = _ops.handle("linear_token_logprobs", floor)(*arguments, _keeps(*head[:2]))
+        results = _ops.handle("linear_token_logprobs", floor)(*arguments, keeps_logits(*head[:2]))
     scores = TokenLogprobs(*(result.reshape(shape) for result in results[:3]))
     return scores, results[3][1] if len(results) > 3 else None
 
 
-def _keeps(hidden: Tensor, weight: Tensor) -> bool:
+def keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
     """Whether there is a backward to keep logits for. Compiled, how many would fit is a question
     about the number of rows, and each answer a compilation.
     """

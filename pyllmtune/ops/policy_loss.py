@@ -102,16 +102,32 @@ def policy_loss(
         _checks.check_tensor("entropy", entropy, _checks.FLOATS)
         _checks.check_like("entropy", entropy, shape, device, "the shape of logprobs")
         entropy = entropy.to(dtype).reshape(-1).contiguous()
-    floor = _backend.resolve(backend, device, dtype)
-    run = reference.policy_loss if floor == "reference" else _ops.handle("policy_loss", floor)
-    old, advantages, token_advantages, offsets, ref, weights, *divisor = inputs
-    loss, metrics = run(
+    loss, metrics = run_policy_loss(
+        _backend.resolve(backend, device, dtype),
         logprobs.to(dtype).reshape(-1).contiguous(),
-        *(old, advantages, token_advantages, offsets),
         None if select is None else select.reshape(-1).contiguous(),
-        *(ref, entropy, weights, *divisor, config.choices, config.constants),
+        entropy,
+        inputs,
+        (config.choices, config.constants),
     )[:2]
     return PolicyLossOutput(loss, PolicyLossMetrics(metrics))
+
+
+def run_policy_loss(
+    floor: str,
+    logprobs: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    inputs: LossInputs,
+    numbers: tuple[list[int], list[float]],
+) -> tuple[Tensor, ...]:
+    """The operator, or the reference, on what was checked: loss, metrics, then what it saves."""
+    run = reference.policy_loss if floor == "reference" else _ops.handle("policy_loss", floor)
+    old, advantages, token_advantages, offsets, ref, weights, *normalizer = inputs
+    return run(
+        *(logprobs, old, advantages, token_advantages, offsets, mask),
+        *(ref, entropy, weights, *normalizer, *numbers),
+    )
 
 
 class LossInputs(NamedTuple):
