@@ -301,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     const double given = device_normalizer ? *flat(*device_normalizer, "normalizer", 1) : 0;
     Tensor loss = torch::stable::new_empty(logprobs, {}, dtype);
     Tensor scale = torch::stable::new_empty(logprobs, {}, dtype);
-    Tensor metrics = torch::stable::new_empty(logprobs, {kSlots}, ScalarType::Double);
+    Tensor metrics = torch::stable::new_empty(logprobs, {kMetrics}, ScalarType::Double);
     Tensor grad_logprobs = torch::stable::new_empty(logprobs, {total}, dtype);
     Tensor grad_entropy = torch::stable::new_empty(logprobs, {entropy ? total : 0}, dtype);
     const PolicyMetrics sums =

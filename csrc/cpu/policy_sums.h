@@ -3,40 +3,19 @@
 
 #include <array>
 
+#include "../math/policy_metrics.h"
 #include "policy_tokens.h"
 
 namespace pyllmtune {
 
-// the order of pyllmtune/losses/metrics.py
-enum PolicySlot {
-  kTokens,
-  kSequences,
-  kDropped,
-  kLoss,
-  kClippedLow,
-  kClippedHigh,
-  kClippedCap,
-  kApproxKl,
-  kApproxKlK3,
-  kKlRef,
-  kRatio,
-  kRatioSquared,
-  kEntropy,
-  kWeight,
-  kSums,
-  kNegativeRatioMin = kSums,
-  kRatioMax,
-  kSlots
-};
-
-struct PolicyMetrics : std::array<double, kSlots> {
+struct PolicyMetrics : std::array<double, kMetrics> {
   PolicyMetrics() {
     fill(0);
     (*this)[kNegativeRatioMin] = (*this)[kRatioMax] = -std::numeric_limits<double>::infinity();
   }
   void join(const PolicyMetrics& other) {
-    for (int slot = 0; slot < kSums; ++slot) (*this)[slot] += other[slot];
-    for (int slot = kSums; slot < kSlots; ++slot)
+    for (int slot = 0; slot < kMetricSums; ++slot) (*this)[slot] += other[slot];
+    for (int slot = kMetricSums; slot < kMetrics; ++slot)
       (*this)[slot] = std::max((*this)[slot], other[slot]);
   }
 };

@@ -12,6 +12,7 @@
 //   Limits: one block reads a whole sequence, so one of a million tokens is latency-bound.
 #pragma once
 
+#include "../math/policy_metrics.h"
 #include "../math/policy_terms.h"
 #include "block.cuh"
 
@@ -19,28 +20,6 @@ namespace pyllmtune {
 
 constexpr int kPolicyThreads = 256;
 constexpr int kTotalThreads = 512;
-
-// Order of pyllmtune/losses/metrics.py.
-enum Metric : int {
-  kTokens,
-  kSequences,
-  kDropped,
-  kLoss,
-  kClippedLow,
-  kClippedHigh,
-  kClippedCap,
-  kApproxKl,
-  kApproxKlK3,
-  kKlRef,
-  kRatio,
-  kRatioSquared,
-  kEntropy,
-  kWeight,
-  kNegativeRatioMin,
-  kRatioMax,
-  kMetrics
-};
-constexpr int kMetricSums = kNegativeRatioMin;  // those from here on are maxima
 
 struct PolicyConfig {
   PolicyChoices choose;

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from pyllmtune._backend import Backend
-from pyllmtune._checks import check_logits, split_temperature
-from pyllmtune._filters import split_parameter
-from pyllmtune.ops.beam_step import BeamStep, as_ids, at_least_one, of_beams
-from pyllmtune.ops.sample import as_allowed, sample
+from pyllmtune.ops.beam_step import (
+    BeamStep,
+    as_beams,
+    as_ids,
+    candidates_of,
+    of_beams,
+    split_beam_temperature,
+)
+from pyllmtune.ops.sample import as_allowed, sample, split_seed
 from pyllmtune.reference import masses
 
 POSITION_BITS = 40  # of Philox's 64-bit position; the draw and its beam are above them
@@ -64,27 +69,14 @@ def sample_beams(
     >>> out.tokens, out.parents
     (tensor([[0, 1, 0, 2]]), tensor([[1, 0, 0, 0]]))
     """
-    check_logits("logits", logits)
-    at_least_one("num_beams", num_beams)
-    device, vocab = logits.device, logits.shape[-1]
-    if logits.dim() == 2 and logits.shape[0] % num_beams == 0:
-        logits = logits.unflatten(0, (-1, num_beams))
-    if logits.dim() != 3 or logits.shape[1] != num_beams:
-        raise ValueError(
-            f"logits must be [batch, {num_beams}, V] or [batch * {num_beams}, V] for "
-            f"num_beams={num_beams}, got {list(logits.shape)}"
-        )
-    shape = logits.shape[:2]
+    logits = as_beams(logits, num_beams)
+    device, shape, vocab = logits.device, logits.shape[:2], logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scores = of_beams("beam_scores", beam_scores, *shape, device).detach().double()
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        temperature = of_beams("temperature", temperature, *shape, device)
-    scalar, per_row = split_temperature(temperature, shape, device)
+    scores = of_beams("beam_scores", beam_scores, shape, device).detach().double()
+    scalar, per_row = split_beam_temperature(temperature, shape, device)
     temperature = scalar if per_row is None else per_row
     eos = as_ids(eos_token_id, device)
-    if num_candidates is None:
-        num_candidates = num_beams * max(2, 1 + (0 if eos is None else eos.numel()))
-    at_least_one("num_candidates", num_candidates)
+    num_candidates = candidates_of(num_candidates, num_beams, eos)
     if not 0 <= position < 1 << POSITION_BITS:
         raise ValueError(f"position must be in [0, 2^{POSITION_BITS}), got {position}")
     seeds = seeds_of(seed, generator, shape[0], device)[:, None].expand(shape).contiguous()
@@ -131,20 +123,13 @@ def seeds_of(
     seed: int | Tensor | None, generator: torch.Generator | None, batch: int, device: torch.device
 ) -> Tensor:
     """One seed an item, ``[batch]`` int64."""
-    if seed is None:
-        return torch.randint(2**62, (batch,), device=device, generator=generator)
-    if generator is not None:
-        raise ValueError("generator draws the seeds, so it cannot be given together with seed")
-    limits = {"least": -(2**63), "most": 2**63 - 1, "remedy": "an int64"}
-    one, each = split_parameter(
-        "seed", seed, torch.Size((batch,)), device, off=0, dtype=torch.int64, **limits
-    )
+    one, each = split_seed(seed, generator, torch.Size((batch,)), device)
     return torch.full((batch,), one, device=device) if each is None else each
 
 
 def _scaled(logits: Tensor, tokens: Tensor, temperature: float | Tensor) -> Tensor:
     """z / T of one token a beam, float64 ``[batch, beams]``; of token 0 where there is none."""
-    return logits.detach().gather(-1, tokens.clamp(min=0)[..., None])[..., 0].double() / temperature
+    return logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0].double() / temperature
 
 
 def _exponential(seeds: Tensor, position: Tensor) -> Tensor:

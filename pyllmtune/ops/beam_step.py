@@ -98,36 +98,20 @@ def beam_step(
     >>> out.tokens, out.parents
     (tensor([[1, 0, 1, 2]]), tensor([[1, 0, 0, 0]]))
     """
-    _checks.check_logits("logits", logits)
-    device, vocab = logits.device, logits.shape[-1]
-    at_least_one("num_beams", num_beams)
-    lead = logits.shape[:-1]
-    by_item = len(lead) == 2 and lead[1] == num_beams
-    if not by_item and not (len(lead) == 1 and lead[0] % num_beams == 0):
-        raise ValueError(
-            f"logits must be [batch, {num_beams}, V] or [batch * {num_beams}, V] for "
-            f"num_beams={num_beams}, got {list(logits.shape)}"
-        )
-    rows = logits.detach().unflatten(0, (-1, num_beams)) if not by_item else logits.detach()
-    batch = rows.shape[0]
+    rows = as_beams(logits, num_beams)
+    device, shape = logits.device, rows.shape[:2]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scores = of_beams("beam_scores", beam_scores, batch, num_beams, device).detach().to(dtype)
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        temperature = of_beams("temperature", temperature, batch, num_beams, device)
-    scalar, per_row = _checks.split_temperature(temperature, torch.Size((batch, num_beams)), device)
+    scores = of_beams("beam_scores", beam_scores, shape, device).detach().to(dtype)
+    scalar, per_row = split_beam_temperature(temperature, shape, device)
     eos = as_ids(eos_token_id, device)
-    if num_candidates is None:
-        num_candidates = num_beams * max(2, 1 + (0 if eos is None else eos.numel()))
-    at_least_one("num_candidates", num_candidates)
+    num_candidates = candidates_of(num_candidates, num_beams, eos)
     _check_groups(num_beams, num_candidates, num_groups, diversity_penalty, widths)
     limits = {"off": num_beams, "dtype": torch.int64, "least": 0, "most": num_beams}
     if widths is not None and not isinstance(widths, Tensor):
         raise TypeError(f"widths must be a torch.Tensor [batch], got {type(widths).__name__}")
     remedy = f"in [0, num_beams={num_beams}]"
-    _, widths = split_parameter(
-        *("widths", widths, torch.Size((batch,)), device), **limits, remedy=remedy
-    )
-    mask = as_allowed(allowed, lead, vocab, device)
+    _, widths = split_parameter(*("widths", widths, shape[:1], device), **limits, remedy=remedy)
+    mask = as_allowed(allowed, logits.shape[:-1], logits.shape[-1], device)
     floor = _backend.resolve(backend, device, logits.dtype)
     run = reference.beam_step if floor == "reference" else _ops.handle("beam_step", floor)
     return BeamStep(
@@ -152,9 +136,41 @@ def at_least_one(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def of_beams(name: str, value: Tensor, batch: int, num_beams: int, device: torch.device) -> Tensor:
+def as_beams(logits: Tensor, num_beams: int) -> Tensor:
+    """``[batch, num_beams, V]``, detached, from that or ``[batch * num_beams, V]``."""
+    _checks.check_logits("logits", logits)
+    at_least_one("num_beams", num_beams)
+    lead, rows = logits.shape[:-1], logits.detach()
+    if len(lead) == 2 and lead[1] == num_beams:
+        return rows
+    if len(lead) == 1 and lead[0] % num_beams == 0:
+        return rows.unflatten(0, (-1, num_beams))
+    raise ValueError(
+        f"logits must be [batch, {num_beams}, V] or [batch * {num_beams}, V] for "
+        f"num_beams={num_beams}, got {list(logits.shape)}"
+    )
+
+
+def candidates_of(num_candidates: int | None, num_beams: int, eos: Tensor | None) -> int:
+    """By default as many as leave ``num_beams`` that have not ended."""
+    if num_candidates is None:
+        return num_beams * max(2, 1 + (0 if eos is None else eos.numel()))
+    at_least_one("num_candidates", num_candidates)
+    return num_candidates
+
+
+def split_beam_temperature(
+    temperature: float | Tensor, shape: torch.Size, device: torch.device
+) -> tuple[float, Tensor | None]:
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = of_beams("temperature", temperature, shape, device)
+    return _checks.split_temperature(temperature, shape, device)
+
+
+def of_beams(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """``[batch, num_beams]`` from that or ``[batch * num_beams]``."""
     _checks.check_tensor(name, value, _checks.FLOATS)
+    batch, num_beams = shape
     if tuple(value.shape) not in ((batch, num_beams), (batch * num_beams,)):
         raise ValueError(
             f"{name} must be [{batch}, {num_beams}] or [{batch * num_beams}], one value per beam; "

@@ -120,16 +120,11 @@ def sample(
     filters = check_filters(temperature, top_k, top_p, min_p, order, shape, device)
     kinds = _kinds(logprobs)
     bits = as_allowed(allowed, shape, vocab, device)
-    if seed is None:
-        bounds = (-(2**63), 2**63 - 1)
-        seed = torch.randint(*bounds, shape, dtype=torch.int64, device=device, generator=generator)
-    elif generator is not None:
-        raise ValueError("generator draws the seeds, so it cannot be given together with seed")
-    integer = {"off": 0, "dtype": torch.int64}
-    limits = {"least": -(2**63), "most": 2**63 - 1, "remedy": "an int64"}
-    seeds = split_parameter("seed", seed, shape, device, **integer, **limits)
+    seeds = split_seed(seed, generator, shape, device)
     limits = {"least": 0, "most": 2**63 - 1, "remedy": "an int64, 0 or more"}
-    positions = split_parameter("position", position, shape, device, **integer, **limits)
+    positions = split_parameter(
+        "position", position, shape, device, off=0, dtype=torch.int64, **limits
+    )
     floor = _backend.resolve(backend, device, logits.dtype)
 
     run = reference.sample if floor == "reference" else _ops.handle("sample", floor)
@@ -189,6 +184,25 @@ def greedy(
     """
     kind = "raw" if logprobs else None
     return sample(logits, temperature=0.0, seed=0, allowed=allowed, logprobs=kind, backend=backend)
+
+
+def split_seed(
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    shape: torch.Size,
+    device: torch.device,
+) -> tuple[int, Tensor | None]:
+    """One for all rows, or one a row; drawn if there is none."""
+    limits = {"least": -(2**63), "most": 2**63 - 1}
+    if seed is None:
+        seed = torch.randint(
+            *limits.values(), shape, dtype=torch.int64, device=device, generator=generator
+        )
+    elif generator is not None:
+        raise ValueError("generator draws the seeds, so it cannot be given together with seed")
+    return split_parameter(
+        "seed", seed, shape, device, off=0, dtype=torch.int64, **limits, remedy="an int64"
+    )
 
 
 def _kinds(logprobs: Kind | Sequence[Kind] | None) -> tuple[str, ...]:
