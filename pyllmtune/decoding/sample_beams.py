@@ -45,8 +45,9 @@ def sample_beams(
     arrives after an exponential time whose rate is its probability, the first ones are taken. Here
     nothing is given a time but what arrives: the next of a beam comes after an exponential time of
     the rate that is left in it, and which it is, ``sample`` draws from the tokens that are left. So
-    a step is ``num_candidates`` reads of the logits and their integer masses: tokens are exact and
-    the same on every backend, in any batch. The race between beams is in float64.
+    a step is ``num_candidates`` reads of the logits and their integer masses: what a beam draws is
+    exact, and the same on every backend and in any batch. The race between beams is run on their
+    log-probs, which backends round differently: arrivals that close may change places.
 
     Args:
         logits, beam_scores, num_beams, eos_token_id, temperature, num_candidates, allowed: as in
