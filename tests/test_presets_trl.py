@@ -58,7 +58,10 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def trl_loss(loss_type: str, level: str, options: dict, x: dict[str, Tensor]) -> Tensor:
+def stub_trainer(
+    loss_type: str, level: str, options: dict, x: dict[str, Tensor]
+) -> SimpleNamespace:
+    """What ``GRPOTrainer._compute_loss`` reads of its trainer."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer = SimpleNamespace(
@@ -96,6 +99,10 @@ def trl_loss(loss_type: str, level: str, options: dict, x: dict[str, Tensor]) ->
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
     )
     trainer.get_high_entropy_mask = MethodType(GRPOTrainer.get_high_entropy_mask, trainer)
+    return trainer
+
+
+def trainer_inputs(options: dict, x: dict[str, Tensor]) -> dict[str, Tensor]:
     inputs = {
         "prompt_ids": torch.zeros(B, 1, dtype=torch.long),
         "prompt_mask": torch.ones(B, 1, dtype=torch.long),
@@ -109,7 +116,14 @@ def trl_loss(loss_type: str, level: str, options: dict, x: dict[str, Tensor]) ->
     }
     if options["weighted"]:
         inputs["importance_sampling_ratio"] = x["weights"]
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    return inputs
+
+
+def trl_loss(loss_type: str, level: str, options: dict, x: dict[str, Tensor]) -> Tensor:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    trainer = stub_trainer(loss_type, level, options, x)
+    return GRPOTrainer._compute_loss(trainer, None, trainer_inputs(options, x))
 
 
 def our_loss(loss_type: str, level: str, options: dict, x: dict[str, Tensor]) -> Tensor:

@@ -40,10 +40,12 @@ def assert_same_log(got: list[dict], want: list[dict]) -> None:
                 assert a[key] == near, f"{key} at step {step}"
 
 
-def native_and_patched(run, **settings) -> trl_integration.Patch:
+def native_and_patched(run, *, policy_loss=False, **settings) -> trl_integration.Patch:
+    """Compares the logs; with the policy loss replaced too, once more."""
     want = run(**settings)
-    with trl_integration.patch() as patched:
-        assert_same_log(run(**settings), want)
+    for ours in (False, True) if policy_loss else (False,):
+        with trl_integration.patch(policy_loss=ours) as patched:
+            assert_same_log(run(**settings), want)
     return patched
 
 
@@ -61,13 +63,17 @@ GRPO = [
 def test_grpo_trains_the_same(loss_type, accumulation, iterations, beta, level):
     patched = native_and_patched(
         trl_runs.grpo,
+        policy_loss=True,
         loss_type=loss_type,
         gradient_accumulation_steps=accumulation,
         beta=beta,
         importance_sampling_level=level,
         num_iterations=iterations,
+        # of cispo the bound of the ratio itself: below 1, its default, it is none
+        **({"epsilon_high": 5.0} if loss_type == "cispo" else {}),
     )
     assert patched.calls["_ChunkedLogProbFunction"] >= 2 * accumulation
+    assert patched.calls["GRPOTrainer._compute_loss"] == 2 * accumulation
 
 
 @pytest.mark.parametrize("loss_type", ("sigmoid", "ipo", "hinge", "apo_zero"))
@@ -122,6 +128,19 @@ def test_every_binding_is_replaced_and_restored():
         trl_integration.unpatch()
     finally:
         del sys.modules[elsewhere.__name__]
+
+
+def test_the_policy_loss_is_added_and_restored():
+    from trl import GRPOTrainer
+
+    original = GRPOTrainer._compute_loss
+    patched = trl_integration.patch()
+    assert GRPOTrainer._compute_loss is original
+    assert trl_integration.patch(policy_loss=True) is patched
+    assert GRPOTrainer._compute_loss is not original
+    assert "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss" in patched.changed
+    trl_integration.unpatch()
+    assert GRPOTrainer._compute_loss is original
 
 
 def test_an_unknown_version_changes_nothing(monkeypatch):

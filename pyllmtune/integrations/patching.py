@@ -17,6 +17,7 @@ from typing import Any
 class Seam:
     """A name of another project, the parameters it is known to have, and what we put there.
 
+    ``name`` is that of a function or a class, or ``"Class.method"``.
     ``make(original)`` returns the function that replaces it, which may fall back to the original.
     ``method`` names the method that is called and whose parameters are compared, ``("apply",
     "forward")`` for an autograd function; None where the object itself is called. ``everywhere``:
@@ -33,10 +34,11 @@ class Seam:
     def find(self) -> Any:
         """The original; a RuntimeError with what was expected and found if it has moved."""
         expected = f"{self.module}.{self.name}({', '.join(self.parameters)})"
-        module = importlib.import_module(self.module)
-        if not hasattr(module, self.name):
-            raise RuntimeError(f"expected {expected}, but {self.module} has no {self.name}")
-        original = getattr(module, self.name)
+        original = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            if not hasattr(original, part):
+                raise RuntimeError(f"expected {expected}, but {self.module} has no {self.name}")
+            original = getattr(original, part)
         described = getattr(original, self.method[1]) if self.method else original
         found = tuple(inspect.signature(described).parameters)
         if found != self.parameters:
@@ -62,14 +64,14 @@ class Patch:
     def active(self) -> bool:
         return bool(self._pairs)
 
-    def apply(self) -> Patch:
-        """All seams or none: every original is found before the first is replaced."""
-        if not self.active:
-            originals = [seam.find() for seam in self.seams]
-            for seam, original in zip(self.seams, originals, strict=True):
-                replacement = self._counted(seam, original)
-                self._pairs.append((seam, original, replacement))
-                self.changed += self._rebind(seam, original, replacement)
+    def apply(self, *more: Seam) -> Patch:
+        """All seams and ``more``, or none: every original is found before the first is replaced."""
+        replaced = [seam for seam, *_ in self._pairs]
+        seams = [seam for seam in (*self.seams, *more) if seam not in replaced]
+        for seam, original in [(seam, seam.find()) for seam in seams]:
+            replacement = self._counted(seam, original)
+            self._pairs.append((seam, original, replacement))
+            self.changed += self._rebind(seam, original, replacement)
         return self
 
     def undo(self) -> None:
@@ -89,13 +91,15 @@ class Patch:
         return SimpleNamespace(**{seam.method[0]: counted}) if seam.method else counted
 
     def _rebind(self, seam: Seam, old: Any, new: Any) -> list[str]:
-        """Bind ``new`` in the modules that hold ``old`` under the seam's name."""
+        """Bind ``new`` in the modules that hold ``old`` under the seam's name, or in its class."""
         changed = []
+        *classes, name = seam.name.split(".")
         for module_name, module in list(sys.modules.items()):
             inside = module_name == self.project or module_name.startswith(self.project + ".")
             wanted = inside if seam.everywhere else module_name == seam.module
-            if wanted and module is not None and vars(module).get(seam.name) is old:
-                setattr(module, seam.name, new)
+            owner = functools.reduce(lambda of, part: getattr(of, part, None), classes, module)
+            if wanted and owner is not None and vars(owner).get(name) is old:
+                setattr(owner, name, new)
                 changed.append(f"{module_name}.{seam.name}")
         return changed
 

@@ -5,6 +5,7 @@
 
 Every trainer that scores through ``trl.trainer.utils`` is covered: GRPO, RLOO, DPO, KTO, SFT. What
 our ops do not give (the WPO weight, a soft cap with mean logits) goes to TRL's own function.
+``patch(policy_loss=True)`` also computes the loss of GRPO by ours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pyllmtune import _backend
 from pyllmtune.integrations.patching import Patch, Seam
+from pyllmtune.integrations.trl_loss import compute_loss
 from pyllmtune.ops.linear_token_logprobs import score_hidden
 from pyllmtune.ops.token_logprobs import token_logprobs
 
@@ -26,17 +28,19 @@ _UTILS = "trl.trainer.utils"
 _patch: Patch | None = None
 
 
-def patch(*, allow_untested: bool = False) -> Patch:
+def patch(*, policy_loss: bool = False, allow_untested: bool = False) -> Patch:
     """Replace TRL's scoring functions by ours, in every module that bound them.
 
     Args:
+        policy_loss: also replace the policy loss of ``GRPOTrainer``, with its gradient and the sums
+            it logs; what :func:`pyllmtune.policy_loss` does not express stays TRL's, whole.
         allow_untested: also patch a version of TRL that is not in ``TESTED``. Names and parameters
             are compared all the same.
 
     Returns:
         The patch: ``changed`` lists the names that were replaced, ``calls`` counts the calls. As a
         context manager it ends with the block; otherwise :func:`unpatch` ends it. Patching twice
-        returns the same patch.
+        returns the same patch, with the policy loss if one of the calls asked for it.
 
     Raises:
         RuntimeError: TRL's version is unknown, or a name or its parameters have moved; nothing is
@@ -53,8 +57,8 @@ def patch(*, allow_untested: bool = False) -> Patch:
                 f"TRL {found} is not among the versions tested ({', '.join(TESTED)}); "
                 "allow_untested=True patches it if its names are the same"
             )
-        _patch = Patch("trl", SEAMS).apply()
-    return _patch
+        _patch = Patch("trl", SEAMS)
+    return _patch.apply(*([POLICY_LOSS] if policy_loss else []))
 
 
 def unpatch() -> None:
@@ -201,4 +205,11 @@ SEAMS = (
     ),
     # TRL's kernels ask their own binding of it what they can launch; that one stays
     Seam(_UTILS, "_use_triton", ("device",), _score_valid_rows_only, everywhere=False),
+)
+POLICY_LOSS = Seam(
+    "trl.trainer.grpo_trainer",
+    "GRPOTrainer._compute_loss",
+    ("self", "model", "inputs"),
+    compute_loss,
+    everywhere=False,
 )
