@@ -21,6 +21,12 @@ WORDS = [
     "yes",
     "no",
 ]
+# the assistant's words are marked, for losses of them alone
+CHAT = (
+    "{% for one in messages %}{% if one.role == 'assistant' %}{% generation %}"
+    "{{ one.content + ' <eos> ' }}{% endgeneration %}"
+    "{% else %}{{ one.content + ' ' }}{% endif %}{% endfor %}"
+)
 
 
 def tokenizer():
@@ -32,7 +38,11 @@ def tokenizer():
     words = Tokenizer(model)
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT,
     )
 
 
@@ -80,9 +90,20 @@ def _train(trainer) -> list[dict]:
 
 
 def grpo(**settings) -> list[dict]:
+    from trl import GRPOConfig, GRPOTrainer
+
+    return _online(GRPOTrainer, GRPOConfig, settings)
+
+
+def rloo(**settings) -> list[dict]:
+    from trl import RLOOConfig, RLOOTrainer
+
+    return _online(RLOOTrainer, RLOOConfig, settings)
+
+
+def _online(trainer: type, config_type: type, settings: dict) -> list[dict]:
     """The log of a run whose reward counts the word "seven"."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
     def sevens(completions, **_):
         return [float(text.split().count("seven")) + 0.1 * len(text) for text in completions]
@@ -91,7 +112,7 @@ def grpo(**settings) -> list[dict]:
         {"prompt": [f"{a} plus {b} equals" for a in WORDS[:4] for b in WORDS[:4]]}
     )
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
+        config = config_type(
             **_arguments(
                 folder,
                 **{
@@ -103,7 +124,7 @@ def grpo(**settings) -> list[dict]:
             )
         )
         return _train(
-            GRPOTrainer(
+            trainer(
                 model=model(folder),
                 reward_funcs=sevens,
                 args=config,
@@ -114,44 +135,77 @@ def grpo(**settings) -> list[dict]:
 
 
 def dpo(**settings) -> list[dict]:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    pairs = Dataset.from_dict(
-        {
-            "prompt": [f"{word} plus one equals" for word in WORDS[:8]],
-            "chosen": [f" {word} yes" for word in WORDS[1:9]],
-            "rejected": [f" {word} no no" for word in WORDS[1:9]],
-        }
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(**_arguments(folder, per_device_train_batch_size=4, **settings))
-        return _train(
-            DPOTrainer(
-                model=model(folder),
-                args=config,
-                train_dataset=pairs,
-                processing_class=tokenizer(),
-            )
-        )
+    return _offline(DPOTrainer, DPOConfig, _pairs(), settings)
+
+
+def kto(**settings) -> list[dict]:
+    from trl import KTOConfig, KTOTrainer
+
+    answers = {
+        "prompt": [f"{word} plus one equals" for word in WORDS[:8]],
+        "completion": [
+            f" {word} yes" if i % 2 else f" {word} no no" for i, word in enumerate(WORDS[:8])
+        ],
+        "label": [bool(i % 2) for i in range(8)],
+    }
+    return _offline(KTOTrainer, KTOConfig, answers, settings)
+
+
+def orpo(**settings) -> list[dict]:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return _offline(ORPOTrainer, ORPOConfig, _pairs(), settings)
+
+
+def cpo(**settings) -> list[dict]:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    return _offline(CPOTrainer, CPOConfig, _pairs(), settings)
 
 
 def sft(**settings) -> list[dict]:
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    texts = Dataset.from_dict(
-        {"text": [f"{a} plus {b} equals yes" for a in WORDS[:4] for b in WORDS[:4]]}
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            **_arguments(folder, per_device_train_batch_size=4, max_length=16, **settings)
-        )
-        return _train(
-            SFTTrainer(
-                model=model(folder), args=config, train_dataset=texts, processing_class=tokenizer()
+    sums = [(f"{a} plus {b} equals", "yes") for a in WORDS[:4] for b in WORDS[:4]]
+    if settings.get("assistant_only_loss"):
+        roles = ("user", "assistant")
+        talks = [
+            [{"role": role, "content": text} for role, text in zip(roles, one, strict=True)]
+            for one in sums
+        ]
+        texts = {"messages": talks}
+    else:
+        texts = {"text": [" ".join(one) for one in sums]}
+    return _offline(SFTTrainer, SFTConfig, texts, {"max_length": 16, **settings})
+
+
+def _pairs() -> dict[str, list[str]]:
+    return {
+        "prompt": [f"{word} plus one equals" for word in WORDS[:8]],
+        "chosen": [f" {word} yes" for word in WORDS[1:9]],
+        "rejected": [f" {word} no no" for word in WORDS[1:9]],
+    }
+
+
+def _offline(trainer: type, config_type: type, rows: dict[str, list], settings: dict) -> list[dict]:
+    import datasets
+
+    datasets.disable_caching()  # precomputed log-probs are the run's own, not those of the last one
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {"per_device_train_batch_size": 4, **settings}
+            return _train(
+                trainer(
+                    model=model(folder),
+                    args=config_type(**_arguments(folder, **settings)),
+                    train_dataset=datasets.Dataset.from_dict(rows),
+                    processing_class=tokenizer(),
+                )
             )
-        )
+    finally:
+        datasets.enable_caching()
 
 
-RUNS = {"grpo": grpo, "dpo": dpo, "sft": sft}
+RUNS = {"grpo": grpo, "rloo": rloo, "dpo": dpo, "kto": kto, "sft": sft}

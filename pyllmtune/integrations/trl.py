@@ -3,8 +3,9 @@
     import pyllmtune.integrations.trl
     pyllmtune.integrations.trl.patch()
 
-Every trainer that scores through ``trl.trainer.utils`` is covered: GRPO, RLOO, DPO, KTO, SFT. What
-our ops do not give (the WPO weight, a soft cap with mean logits) goes to TRL's own function.
+Every trainer that scores through ``trl.trainer.utils`` is covered: GRPO, RLOO, DPO, KTO, SFT, and
+experimental ones that import from it (tested: ORPO, CPO). What our ops do not give (the WPO weight,
+a soft cap with mean logits) goes to TRL's own function.
 ``patch(policy_loss=True)`` also computes the loss of GRPO by ours.
 """
 
