@@ -156,6 +156,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0  # it raises if a process fails
     if words.groups % int(os.environ["WORLD_SIZE"]):
         parser.error(f"--groups must be a multiple of the {os.environ['WORLD_SIZE']} processes")
+    # DDP imports dynamo; imported after the group exists, it would hold the group past its end, and
+    # a thread of Gloo that outlives the interpreter aborts the process
+    import torch._dynamo
+
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     try:
