@@ -77,6 +77,13 @@ class Runner:
         return outputs.logits[:, -1]
 
 
+def kept(logits: Tensor) -> Tensor:
+    """A float32 copy for the caller: a compiled model may write the next step's logits over these,
+    and a view of them would hold those of the whole prompt.
+    """
+    return logits.to(torch.float32, copy=True)
+
+
 def refuse(model: PreTrainedModel, config: GenerationConfig) -> None:
     missing = [name for name in PRIVATE if not hasattr(model, name)]
     if missing:

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from pyllmtune.integrations.transformers.processors import split_warpers
-from pyllmtune.integrations.transformers.runner import Runner, refuse
+from pyllmtune.integrations.transformers.runner import Runner, kept, refuse
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.sample import sample as draw
 
@@ -69,12 +69,12 @@ def sample(
     running = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     for position in itertools.count():
         if raw is not None:
-            raw.append(logits.float())
+            raw.append(kept(logits))
         if before:
             logits = before(runner.tokens, logits.float())
         if scores is not None:
             scores.append(
-                filter_logits(logits.float(), **filters) if config.do_sample else logits.float()
+                filter_logits(logits.float(), **filters) if config.do_sample else kept(logits)
             )
         out = draw(logits, **filters, seed=seed, position=position)
         tokens = torch.where(running, out.tokens, config._pad_token_tensor) if ends else out.tokens
