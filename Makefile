@@ -60,10 +60,10 @@ $(STAMPS)/demo: requirements/demo.txt | .venv/bin/python
 	$(PIP) -r requirements/demo.txt
 	touch $@
 
-$(STAMPS)/dev: requirements/dev.txt requirements/bench.txt requirements/demo.txt requirements/verl.txt | .venv/bin/python
+$(STAMPS)/dev: requirements/dev.txt requirements/bench.txt requirements/demo.txt requirements/no-deps.txt | .venv/bin/python
 	mkdir -p $(STAMPS)
 	$(PIP) -r requirements/dev.txt
-	$(PIP) --no-deps -r requirements/verl.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
 	touch $@ $(STAMPS)/demo
 endif
 

@@ -40,6 +40,7 @@ def need(tool: str) -> None:
         "transformers": lambda: find_spec("transformers") is not None,
         "trl": lambda: find_spec("trl") is not None,
         "verl": lambda: find_spec("verl") is not None,
+        "liger_kernel": lambda: find_spec("liger_kernel") is not None,
     }[tool]()
     if present:
         return
