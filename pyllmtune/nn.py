@@ -1,17 +1,19 @@
 """Every loss as a module, for people who compose modules: options in the constructor, tensors in
-``forward``. And the lm_head as one, for what wraps modules: FSDP2, DDP.
+``forward``. And the lm_head as one.
 
-The options, their defaults and their meaning are those of the function of the same name.
+The options, their defaults and their meaning are those of the function of the same name. Type
+checkers see the arguments of ``forward`` in a call of the module, where torch declares any.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from pyllmtune._backend import Backend
+from pyllmtune.logprob_head import LogprobHead as LogprobHead
 from pyllmtune.losses.config import Aggregation, KlEstimator, Level, PolicyLossConfig
 from pyllmtune.losses.dpo import dpo_loss
 from pyllmtune.losses.dpo_types import LossType
@@ -25,63 +27,9 @@ from pyllmtune.losses.sequences import Reduction
 from pyllmtune.losses.value import Aggregation as ValueAggregation
 from pyllmtune.losses.value import ValueLossOutput, value_loss
 from pyllmtune.ops.linear_policy_loss import linear_policy_loss
-from pyllmtune.ops.linear_token_logprobs import linear_token_logprobs
 from pyllmtune.ops.policy_loss import PolicyLossOutput, policy_loss
-from pyllmtune.ops.token_logprobs import TokenLogprobs
 
 _DEFAULT = PolicyLossConfig()
-
-
-class LogprobHead(nn.Module):
-    """``linear_token_logprobs`` over the parameters of an ``nn.Linear``, the lm_head.
-
-    Put it where the head was, or beside it: its parameters *are* those of ``linear``, so a tied
-    embedding stays tied and one step of an optimiser moves all. ``state_dict`` has ``weight`` and,
-    if there is one, ``bias``, as that of ``linear``: checkpoints fit both ways.
-
-    Args:
-        linear: ``nn.Linear(D, V)``; its parameters may be DTensors.
-        logit_scale, softcap, backend: as of ``linear_token_logprobs``.
-
-    Raises:
-        TypeError: ``linear`` is not an ``nn.Linear``.
-
-    >>> import torch
-    >>> head = LogprobHead(torch.nn.Linear(2, 3, bias=False))
-    >>> head(torch.zeros(1, 2), torch.tensor([1])).logprobs.exp()
-    tensor([0.3333], grad_fn=<ExpBackward0>)
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        *,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        backend: Backend = "auto",
-    ) -> None:
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        super().__init__()
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        self.logit_scale, self.softcap, self.backend = logit_scale, softcap, backend
-
-    def forward(self, hidden: Tensor, tokens: Tensor, **options: Any) -> TokenLogprobs:
-        """``options``: temperature, mask, kept, process_group, vocab_start, workspace_bytes."""
-        fixed = {name: getattr(self, name) for name in ("logit_scale", "softcap", "backend")}
-        scores = linear_token_logprobs(
-            hidden, self.weight, tokens, bias=self.bias, **fixed, **options
-        )
-        # FSDP2 hooks onto results; an operation in place on one that is a view takes the hook off
-        return TokenLogprobs(*(score.clone() for score in scores))
-
-    def extra_repr(self) -> str:
-        vocab, width = self.weight.shape
-        return (
-            f"{width}, {vocab}, bias={self.bias is not None}, logit_scale={self.logit_scale}, "
-            f"softcap={self.softcap}, backend={self.backend!r}"
-        )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -125,6 +73,9 @@ class PolicyLoss(_Loss):
         """``tensors``: cu_seqlens, ref_logprobs, entropy, weights, normalizer."""
         return policy_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LinearPolicyLoss(_Loss):
@@ -157,6 +108,9 @@ class LinearPolicyLoss(_Loss):
         given = (hidden, weight, tokens, old_logprobs, advantages, mask)
         return linear_policy_loss(*given, **tensors, **self.options)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class PPOClipLoss(_Loss):
@@ -178,6 +132,9 @@ class PPOClipLoss(_Loss):
     ) -> PolicyLossOutput:
         """``tensors``: cu_seqlens, entropy, normalizer."""
         return ppo_clip_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -206,6 +163,9 @@ class GRPOLoss(_Loss):
         """``tensors``: cu_seqlens, ref_logprobs, entropy, weights, normalizer."""
         return grpo_loss(logprobs, old_logprobs, advantages, mask, **tensors, **self.options)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class ReinforceLoss(_Loss):
@@ -224,6 +184,9 @@ class ReinforceLoss(_Loss):
     ) -> PolicyLossOutput:
         """``tensors``: cu_seqlens, entropy, normalizer."""
         return reinforce_loss(logprobs, rewards, mask, **tensors, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -248,6 +211,9 @@ class ValueLoss(_Loss):
         """``tensors``: old_values, cu_seqlens, normalizer."""
         return value_loss(values, returns, mask, **tensors, **self.options)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class PreferenceLoss(_Loss):
@@ -259,6 +225,9 @@ class PreferenceLoss(_Loss):
 
     def forward(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return preference_loss(chosen, rejected, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -289,6 +258,9 @@ class DPOLoss(_Loss):
         reference = (ref_chosen_logprobs, ref_rejected_logprobs)
         return dpo_loss(chosen_logprobs, rejected_logprobs, *reference, **tensors, **self.options)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class SimPOLoss(_Loss):
@@ -310,6 +282,9 @@ class SimPOLoss(_Loss):
         lengths = (chosen_lengths, rejected_lengths)
         return simpo_loss(chosen_logprobs, rejected_logprobs, *lengths, **self.options)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class CPOLoss(_Loss):
@@ -325,6 +300,9 @@ class CPOLoss(_Loss):
         self, chosen_logprobs: Tensor, rejected_logprobs: Tensor, chosen_lengths: Tensor
     ) -> Tensor:
         return cpo_loss(chosen_logprobs, rejected_logprobs, chosen_lengths, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -344,6 +322,9 @@ class ORPOLoss(_Loss):
     ) -> Tensor:
         lengths = (chosen_lengths, rejected_lengths)
         return orpo_loss(chosen_logprobs, rejected_logprobs, *lengths, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -370,3 +351,6 @@ class KTOLoss(_Loss):
             mismatched_logratios=mismatched_logratios,
             **self.options,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward

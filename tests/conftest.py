@@ -16,6 +16,8 @@ import torch
 from pyllmtune import _backend
 from tests import on_gpu
 
+collect_ignore = ["typed"]  # for a type checker: looking for doctests would import the wrong calls
+
 
 def pytest_collection_modifyitems(items):
     if on_gpu.WANTED:

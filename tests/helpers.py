@@ -41,6 +41,7 @@ def need(tool: str) -> None:
         "trl": lambda: find_spec("trl") is not None,
         "verl": lambda: find_spec("verl") is not None,
         "liger_kernel": lambda: find_spec("liger_kernel") is not None,
+        "mypy": lambda: find_spec("mypy") is not None,
     }[tool]()
     if present:
         return
