@@ -3,8 +3,10 @@
     python examples/trl_grpo.py                                     # a small random Llama; a minute
     python examples/trl_grpo.py --smoke                             # seconds
     python examples/trl_grpo.py --vocab 151936 --hidden 896 --dtype bfloat16 --batch 16 --prompt 32
+    python examples/trl_grpo.py --sampler --top-k 50                # answers drawn by ours, too
 
-Both runs are in processes of their own, on the same seeds, and every logged number is compared.
+Both runs are in processes of their own, on the same seeds, and every logged number is compared;
+with --sampler the draws are others, and times are all there is to compare.
 No downloads: a random model, a tokenizer that splits at spaces, a reward that counts a word.
 Needs trl 1.16.
 """
@@ -129,7 +131,8 @@ def train(words: argparse.Namespace, patched: bool) -> dict:
     if patched:
         import pyllmtune.integrations.trl
 
-        calls = pyllmtune.integrations.trl.patch().calls  # this is the line
+        patch = pyllmtune.integrations.trl.patch(policy_loss=True, generation=words.sampler)
+        calls = patch.calls
 
     prompts = [" ".join(f"w{i + j}" for j in range(words.prompt)) for i in range(64)]
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +141,8 @@ def train(words: argparse.Namespace, patched: bool) -> dict:
             per_device_train_batch_size=words.batch,
             num_generations=words.batch,
             max_completion_length=words.length,
+            top_k=words.top_k,
+            top_p=words.top_p,
             max_steps=words.steps,
             beta=0.04,
             learning_rate=1e-3,
@@ -208,6 +213,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a question")
     parser.add_argument("--batch", type=int, default=8, help="answers to a question")
     parser.add_argument("--length", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--top-k", type=int, default=0, help="of the answers; 0 is all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the answers")
+    parser.add_argument(
+        "--sampler",
+        action="store_true",
+        help="the patched run draws by our sampler and scores the kept set; nothing is compared",
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its choice")
     parser.add_argument("--progress", action="store_true", help="TRL's progress bar")
@@ -233,6 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     row(MEMORY, theirs[MEMORY], ours[MEMORY])
     print(f"{'calls of ours':<22}{theirs['calls of ours']:>12}{ours['calls of ours']:>12}")
 
+    if words.sampler:
+        print("other draws, other numbers: not compared")
+        return 0 if ours["calls of ours"] else 1
     compared, relative = len(theirs["log"]), RELATIVE
     if words.dtype == "bfloat16":  # TRL rounds the logits, and from then on the weights differ
         compared, relative = 1, 2**-8

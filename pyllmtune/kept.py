@@ -4,6 +4,7 @@ distribution that was sampled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,47 @@ class KeptTokens(NamedTuple):
             )
         rows = mask.reshape(-1, mask.shape[-1])  # [N, V]
         return cls.from_counts(rows.sum(-1), rows.nonzero()[:, 1].int())
+
+    @classmethod
+    def cat(cls, parts: Sequence[KeptTokens]) -> KeptTokens:
+        """The rows of all parts, one part after the other; at least one part.
+
+        >>> one = KeptTokens(torch.tensor([0, 2]), torch.tensor([3, 7], dtype=torch.int32))
+        >>> KeptTokens.cat([one, one]).offsets
+        tensor([0, 2, 4])
+        """
+        counts = torch.cat([part.counts for part in parts])
+        return cls.from_counts(counts, torch.cat([part.token_ids for part in parts]))
+
+    @classmethod
+    def from_steps(cls, steps: Sequence[KeptTokens]) -> KeptTokens:
+        """From T steps of a decoding loop, each with a row per sequence, B rows, to the order of
+        trainers, ``[B, T]`` flattened: row ``b * T + t`` is row b of step t.
+
+        >>> steps = [KeptTokens.from_mask(torch.eye(2, 4, dtype=torch.bool).roll(2 * t, 1))
+        ...          for t in range(2)]  # sequence 0 keeps 0, then 2; sequence 1 keeps 1, then 3
+        >>> KeptTokens.from_steps(steps).token_ids
+        tensor([0, 2, 1, 3], dtype=torch.int32)
+        """
+        by_step = cls.cat(steps)
+        place = torch.arange(by_step.num_rows, device=by_step.offsets.device)
+        place = place.view(len(steps), -1).T.flatten()  # where row b * T + t lies in by_step
+        kept = cls.from_counts(by_step.counts[place], by_step.token_ids)
+        moved = by_step.offsets[place] - kept.offsets[:-1]
+        entries = torch.arange(kept.token_ids.shape[0], device=moved.device)
+        return cls(kept.offsets, kept.token_ids[entries + moved[kept.rows]])
+
+    def split(self, sizes: Sequence[int]) -> list[KeptTokens]:
+        """Parts of so many rows each; :meth:`cat` joins them. Waits for the device.
+
+        Raises:
+            ValueError: the sizes do not add up to the number of rows.
+        """
+        if sum(sizes) != self.num_rows:
+            raise ValueError(f"sizes must add up to {self.num_rows} rows, got {sum(sizes)}")
+        counts = self.counts.split(list(sizes))
+        ids = self.token_ids.split([int(count.sum()) for count in counts])
+        return [KeptTokens.from_counts(*part) for part in zip(counts, ids, strict=True)]
 
     def to_mask(self, vocab: int) -> Tensor:
         """Bool ``[N, vocab]``, true where kept.

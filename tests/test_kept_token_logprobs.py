@@ -204,3 +204,16 @@ def test_bad_arguments_are_named():
     refuses(ValueError, "rise from 0 to 10", good._replace(offsets=torch.tensor([0, 12, 10])))
     refuses(ValueError, r"in \[0, 5\), got 1 to 5", good._replace(token_ids=good.token_ids + 1))
     refuses(ValueError, "inplace_backward", good, inplace_backward=True)
+
+
+def test_steps_of_a_loop_in_the_order_of_a_trainer():
+    masks = torch.rand(5, 3, 40) < torch.rand(5, 3, 1)  # [T, B, V]
+    masks[1, 2] = False
+    kept = KeptTokens.from_steps([KeptTokens.from_mask(mask) for mask in masks])
+    assert torch.equal(kept.to_mask(40).view(3, 5, 40), masks.transpose(0, 1))
+    parts = kept.split([5, 0, 10])
+    assert [part.num_rows for part in parts] == [5, 0, 10]
+    for joined, whole in zip(KeptTokens.cat(parts), kept, strict=True):
+        assert torch.equal(joined, whole)
+    with pytest.raises(ValueError, match="sizes must add up to 15 rows, got 14"):
+        kept.split([14])

@@ -6,7 +6,8 @@
 Every trainer that scores through ``trl.trainer.utils`` is covered: GRPO, RLOO, DPO, KTO, SFT, and
 experimental ones that import from it (tested: ORPO, CPO). What our ops do not give (the WPO weight,
 a soft cap with mean logits) goes to TRL's own function.
-``patch(policy_loss=True)`` also computes the loss of GRPO by ours.
+``patch(policy_loss=True, generation=True)`` also computes the loss of GRPO by ours, and draws its
+answers by ``sample``, whose kept sets then restrict every log-prob.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from pyllmtune import _backend
 from pyllmtune.integrations.patching import Patch, Seam
+from pyllmtune.integrations.trl_generation import GENERATION, take_kept
 from pyllmtune.integrations.trl_loss import compute_loss
 from pyllmtune.ops.linear_token_logprobs import score_hidden
 from pyllmtune.ops.token_logprobs import token_logprobs
@@ -29,19 +31,26 @@ _UTILS = "trl.trainer.utils"
 _patch: Patch | None = None
 
 
-def patch(*, policy_loss: bool = False, allow_untested: bool = False) -> Patch:
+def patch(
+    *, policy_loss: bool = False, generation: bool = False, allow_untested: bool = False
+) -> Patch:
     """Replace TRL's scoring functions by ours, in every module that bound them.
 
     Args:
         policy_loss: also replace the policy loss of ``GRPOTrainer``, with its gradient and the sums
             it logs; what :func:`pyllmtune.policy_loss` does not express stays TRL's, whole.
+        generation: also draw the answers of ``GRPOTrainer`` by :func:`pyllmtune.sample`: the same
+            distribution, other draws. With top-k, top-p or min-p all log-probs (policy, old policy,
+            reference) are then those of the tokens that the sampler kept, which is the distribution
+            that was sampled, and the head computes these alone. vLLM, continuous batching and
+            beams stay TRL's; so do the log-probs of answers with tool calls.
         allow_untested: also patch a version of TRL that is not in ``TESTED``. Names and parameters
             are compared all the same.
 
     Returns:
         The patch: ``changed`` lists the names that were replaced, ``calls`` counts the calls. As a
         context manager it ends with the block; otherwise :func:`unpatch` ends it. Patching twice
-        returns the same patch, with the policy loss if one of the calls asked for it.
+        returns the same patch, with what either call asked for.
 
     Raises:
         RuntimeError: TRL's version is unknown, or a name or its parameters have moved; nothing is
@@ -59,7 +68,9 @@ def patch(*, policy_loss: bool = False, allow_untested: bool = False) -> Patch:
                 "allow_untested=True patches it if its names are the same"
             )
         _patch = Patch("trl", SEAMS)
-    return _patch.apply(*([POLICY_LOSS] if policy_loss else []))
+    return _patch.apply(
+        *([POLICY_LOSS] if policy_loss else []), *(GENERATION if generation else [])
+    )
 
 
 def unpatch() -> None:
@@ -121,7 +132,14 @@ def _chunked_logprobs(original: Any) -> Any:
         # ZeRO-3 gathers the weight for the call only; TRL gathers it again in backward
         gathered_later = hasattr(weight, "ds_id")
         without_kernels = _backend.resolve("auto", hidden.device, hidden.dtype) == "reference"
-        if "log_sum_sq_probs" in outputs or mean_of_capped or gathered_later or without_kernels:
+        unlike_ours = "log_sum_sq_probs" in outputs or mean_of_capped or gathered_later
+        kept = take_kept(targets)
+        if kept is not None and unlike_ours:
+            raise RuntimeError(
+                "generation=True scores the tokens that the sampler kept, which needs the whole "
+                "head in memory and no mean logits or WPO weight; patch without it"
+            )
+        if kept is None and (unlike_ours or without_kernels):
             return original.apply(
                 hidden,
                 weight,
@@ -143,9 +161,12 @@ def _chunked_logprobs(original: Any) -> Any:
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=softcap,
+            kept=kept,
         )
         is_top1 = mean_logits = None
-        if "is_top1" in outputs:  # logits closer than float32 tells apart count as equal
+        if (
+            "is_top1" in outputs and sums is not None
+        ):  # logits closer than float32 tells apart count as equal
             is_top1 = scores.logprobs.detach() + sums.log() >= -1e-6
         if "mean_logits" in outputs:  # the mean logit is the logit of the mean row of the head
             with torch.no_grad():

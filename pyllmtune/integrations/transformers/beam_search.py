@@ -22,7 +22,7 @@ from transformers.generation import (
 
 from pyllmtune.decoding.beam_loop import BeamLoop, Settings
 from pyllmtune.decoding.sample_beams import seeds_of
-from pyllmtune.integrations.transformers.runner import Runner, kept, refuse
+from pyllmtune.integrations.transformers.runner import Runner, owned, refuse
 from pyllmtune.integrations.transformers.sampling import sample
 from pyllmtune.ops.temperature_softmax import temperature_softmax
 
@@ -68,7 +68,7 @@ def beam_search(
     def scored(logits: Tensor) -> Tensor:
         """Log-probs where somebody changes or wants them, else the logits."""
         if keep_logits:
-            all_logits.append(kept(logits))
+            all_logits.append(owned(logits))
         if not logits_processor and not keep_scores:
             return logits
         logprobs = temperature_softmax(logits, log=True, dtype=torch.float32)

@@ -77,7 +77,7 @@ class Runner:
         return outputs.logits[:, -1]
 
 
-def kept(logits: Tensor) -> Tensor:
+def owned(logits: Tensor) -> Tensor:
     """A float32 copy for the caller: a compiled model may write the next step's logits over these,
     and a view of them would hold those of the whole prompt.
     """

@@ -16,7 +16,8 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from pyllmtune.integrations.transformers.processors import split_warpers
-from pyllmtune.integrations.transformers.runner import Runner, kept, refuse
+from pyllmtune.integrations.transformers.runner import Runner, owned, refuse
+from pyllmtune.kept import KeptTokens
 from pyllmtune.ops.filter_logits import filter_logits
 from pyllmtune.ops.sample import sample as draw
 
@@ -28,6 +29,7 @@ def sample(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     seed: int | Tensor | None = None,
+    kept: list[KeptTokens] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
     """Greedy decoding or sampling as ``generate`` does it, on ``sample``: the same distribution,
@@ -43,6 +45,9 @@ def sample(
         seed: ``generate(..., seed=...)``: an integer from which each row gets its seed, or one per
             row, ``[B * num_return_sequences]`` int64. None draws them from torch's generator, so
             that ``torch.manual_seed`` works.
+        kept: ``generate(..., kept=[])``: gets the kept set of every step, a row per sequence, of
+            whatever top-k, top-p and min-p left; nothing if there are none.
+            ``KeptTokens.from_steps`` puts them in the order of a trainer.
 
     Raises:
         ValueError: logits hold NaN or +inf, or allow nothing; attentions or hidden states are asked
@@ -62,6 +67,7 @@ def sample(
     keep = config.return_dict_in_generate
     scores: list[Tensor] | None = [] if keep and config.output_scores else None
     raw: list[Tensor] | None = [] if keep and config.output_logits else None
+    truncated = kept is not None and bool(filters.keys() - {"temperature"})
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
 
     runner = Runner(model, input_ids, model_kwargs, config)
@@ -69,14 +75,16 @@ def sample(
     running = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     for position in itertools.count():
         if raw is not None:
-            raw.append(kept(logits))
+            raw.append(owned(logits))
         if before:
             logits = before(runner.tokens, logits.float())
         if scores is not None:
             scores.append(
-                filter_logits(logits.float(), **filters) if config.do_sample else kept(logits)
+                filter_logits(logits.float(), **filters) if config.do_sample else owned(logits)
             )
-        out = draw(logits, **filters, seed=seed, position=position)
+        out = draw(logits, **filters, seed=seed, position=position, return_kept=truncated)
+        if truncated:
+            kept.append(out.kept)
         tokens = torch.where(running, out.tokens, config._pad_token_tensor) if ends else out.tokens
         runner.append(tokens)
         bad = running & ~out.valid
