@@ -172,12 +172,11 @@ def score(head: Head, kept: Tensor) -> Tensor:
 
 def forward(head: Head, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy, logsumexp ``[N]``, stats ``[2, N]`` = (max, sum), and logits that were
-    kept, ``[N, columns]``: plain products only, without bias, scale or cap.
+    kept, ``[N, columns]``: the products, before bias, scale and cap.
     """
     rows, vocab = head.hidden.shape[0], head.weight.shape[0]
-    plain = head.bias is None and head.logit_scale == 1.0 and head.softcap == 0.0
     columns = kept_columns(rows, vocab, head.workspace_bytes, head.hidden)
-    kept = head.hidden.new_empty(rows, columns if keep_logits and plain else 0, dtype=head.dtype)
+    kept = head.hidden.new_empty(rows, columns if keep_logits else 0, dtype=head.dtype)
     out = score(head, kept)
     return out[0].clone(), out[1].clone(), out[2].clone(), out[3:5].clone(), kept
 

@@ -80,9 +80,8 @@ def linear_token_logprobs(
         vocab_start: token id of the first row of this rank's ``weight``.
         workspace_bytes: bound of the memory for tiles of logits and their gradient, 32 MiB by
             default (512 MiB on a GPU). With room beside a tile, logits are kept for backward, all
-            of them from about ``4 * N * V`` on, unless there is a bias, a scale, a cap, shards, or
-            ``torch.compile``. Backward also holds the gradient of ``hidden`` and of one tile of
-            ``weight`` in float32.
+            of them from about ``4 * N * V`` on, but for shards and ``torch.compile``. Backward also
+            holds the gradient of ``hidden`` and of one tile of ``weight`` in float32.
         backend: ``"auto"`` takes the fastest present; a named one is used or refused, never
             replaced.
 
@@ -292,12 +291,10 @@ def check_workspace(workspace_bytes: int | None, device: torch.device, dtype: to
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    (_, bias, _, _, scale, cap, _, space), keep = rest[:8], any(rest[8:])
+    space, keep = rest[7], any(rest[8:])
     rows, dtype = hidden.shape[0], tiles.accumulator(hidden.dtype)
     one = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
-    columns = 0
-    if keep and bias is None and scale == 1.0 and cap == 0.0:
-        columns = tiles.kept_columns(rows, weight.shape[0], space, hidden)
+    columns = tiles.kept_columns(rows, weight.shape[0], space, hidden) if keep else 0
     stats, logits = (hidden.new_empty(size, dtype=dtype) for size in ((2, rows), (rows, columns)))
     return (*one, stats, logits)
 
