@@ -56,7 +56,7 @@ def apply_rule(score, ratio, advantage, logprob, old_logprob, a, b, c, d, RULE: 
     if RULE == PPO:
         negative = advantage < 0.0
         below = negative & (ratio < a)
-        above = (advantage >= 0.0) & (ratio > b)
+        above = positive & (ratio > b)
         capped = negative & (ratio > c)
         factor = tl.where(below, a, tl.where(above, b, tl.where(capped, c, ratio)))
     elif (RULE == CLIP) | (RULE == CISPO):

@@ -34,20 +34,25 @@ def liger():
     return grpo_loss.LigerFusedLinearGRPOLoss
 
 
-def batch(lengths: tuple[int, ...] = LENGTHS, vocab: int = V) -> dict[str, Tensor]:
+def batch(
+    lengths: tuple[int, ...] = LENGTHS, vocab: int = V, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """The call's tensors, with ratios on both sides of every bound; the head has a bias."""
     hidden, weight = torch.randn(B, T, D), torch.randn(vocab, D) / D**0.5
     bias, tokens = 0.3 * torch.randn(vocab), torch.randint(0, vocab, (B, T))
-    lp = linear_token_logprobs(hidden, weight, tokens, bias=bias).logprobs
+    options = {"bias": bias, "temperature": temperature}
+    lp = linear_token_logprobs(hidden, weight, tokens, **options).logprobs
+    old = lp + 0.4 * torch.randn(B, T)
+    old[2] = lp[2] - 0.5  # above the bounds, with an advantage of 0: not clipped
     return {
         "_input": hidden,
         "lin_weight": weight,
         "selected_token_ids": tokens,
         "attention_mask": (torch.arange(T) < torch.tensor(lengths)[:, None]).long(),
-        "advantages": torch.tensor([1.0, -0.6, 0.4, 0.7, -1.3]),
+        "advantages": torch.tensor([1.0, -0.6, 0.0, 0.7, -1.3]),
         "bias": bias,
         "ref_per_token_logps": lp + 0.3 * torch.randn(B, T),
-        "old_per_token_logps": lp + 0.4 * torch.randn(B, T),
+        "old_per_token_logps": old,
     }
 
 
@@ -108,17 +113,17 @@ def test_equals_liger(liger, loss_type, level):
     """
     lengths = (T,) * B if loss_type == "luspo" else LENGTHS
     for beta, biased, with_old in itertools.product((0.0, 0.04), (True, False), (True, False)):
-        data = batch(lengths)
+        data = batch(lengths, temperature=1.7)
         if not biased:
             data["bias"] = None
         if not with_old:
             data["old_per_token_logps"] = None
-        options = options_of(loss_type, level, beta=beta)
+        options = options_of(loss_type, level, beta=beta, temperature=1.7)
         assert_same(liger, options, data)
         hidden, weight = torch.randn(B, T, D + 3), torch.randn(V, D + 3)
         data |= {"ref_per_token_logps": None, "ref_input": hidden, "ref_weight": weight}
         data["ref_bias"] = torch.randn(V) if biased else None
-        assert_same(liger, {**options, "temperature": 1.7}, data)
+        assert_same(liger, options, data)
 
 
 OPTIONS = {
@@ -127,7 +132,6 @@ OPTIONS = {
     "no lower bound": ({"epsilon_low": 3.0}, PPO),
     "corrected penalty": ({"beta": 0.3, "use_bias_correction_kl": True}, (*PPO, "cispo", "sapo")),
     "no reference": ({"use_ref_model": False}, (*PPO, *OWN_RULE)),
-    "temperature": ({"temperature": 0.6}, (*PPO, *OWN_RULE)),
     "chunks": ({"chunk_size": 2}, (*PPO, *OWN_RULE)),
     "sapo": ({"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 2.5}, ("sapo",)),
     "vespo": ({"vespo_k_pos": 1.1, "vespo_lambda_pos": 0.9, "vespo_lambda_neg": 0.0}, ("vespo",)),

@@ -123,6 +123,25 @@ def test_rules_by_hand(backend):
 
 
 @pytest.mark.parametrize("backend", helpers.BACKENDS)
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_without_an_advantage_nothing_is_clipped(backend, level):
+    """As TRL, verl and Liger count: ratios on both sides of the bounds, above, below, and at 1."""
+    old = torch.zeros(3, 1)
+    logprobs = torch.tensor([[1.0], [-1.0], [0.0]])
+    config = PolicyLossConfig(level=level, cap=3.0)
+    for advantages, low, high in (
+        (torch.zeros(3), 0, 0),
+        (torch.tensor([0.0, -1.0, 0.0]), 1, 0),
+        (torch.tensor([1.0, 0.0, 0.0]), 0, 1),
+    ):
+        floor = helpers.use(backend)
+        out = policy_loss(logprobs, old, advantages, config=config, backend=floor)
+        sums = dict(zip(SUMS, out.metrics.vector.tolist(), strict=False))
+        found = (sums["clipped_low"], sums["clipped_high"], sums["clipped_cap"])
+        assert found == (low, high, 0)
+
+
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
 def test_sequence_level_by_hand(backend):
     """GSPO: ratio e^mean(0.2, 0.4) = e^0.3, each token gets w A / n."""
     helpers.use(backend)

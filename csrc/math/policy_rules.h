@@ -121,9 +121,9 @@ PLT_HD RuleResult<F> apply_rule(int rule, const Number* constants, const RuleInp
   const Compared<F> small = in.ratio<low, large = in.ratio> high;
   const F clipped = select(small, low, select(large, high, in.ratio));
   switch (rule) {
-    case kPpo: {  // for A >= 0 only `high` can bind, for A < 0 only `low` and `cap`
+    case kPpo: {  // for A > 0 only `high` can bind, for A < 0 only `low` and `cap`
       const Compared<F> negative = in.advantage < zero;
-      const Compared<F> below = negative & small, above = !negative & large;
+      const Compared<F> below = negative & small, above = positive & large;
       const Compared<F> capped = negative & (in.ratio > cap);
       const F effective = select(below, low, select(above, high, select(capped, cap, in.ratio)));
       return ratio_rule(effective, in.advantage, below, above, capped);

@@ -44,8 +44,6 @@ class LigerFusedLinearGRPOLoss(nn.Module):
       ``"vespo"`` takes the weights of padding too.
     - A token with an input that is not finite is dropped, see ``policy_loss``.
     - Logits of float16 and bfloat16 operands stay in float32. Liger rounds them.
-    - A ratio above the bound counts as clipped where the advantage is 0, too, except for
-      ``"cispo"``.
 
     As in Liger: with ``use_ref_model=False`` there is no penalty, whatever ``beta`` is, and without
     ``num_items_in_batch`` the divisor of ``"dapo"``, ``"cispo"`` and ``"vespo"`` counts the tokens

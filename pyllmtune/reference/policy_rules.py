@@ -88,7 +88,7 @@ def apply_rule(
         return rule in [code("rule", known) for known in names]
 
     if name("ppo"):
-        below, above = negative & (ratio < first), ~negative & (ratio > second)
+        below, above = negative & (ratio < first), (advantages > 0) & (ratio > second)
         capped = negative & (ratio > third)
     elif name("cispo", "clip", "topr"):
         below, above = ratio < first, ratio > second
