@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from pyllmtune import _backend
 
@@ -62,6 +63,10 @@ def use(backend: str) -> str:
     elif backend in ("triton", "cpp"):
         need(backend)
     return backend
+
+
+def torch_before(version: str) -> bool:
+    return TorchVersion(torch.__version__) < version
 
 
 BACKENDS = ("reference", "cpp", "triton", "emulated")

@@ -150,6 +150,10 @@ class Scores(nn.Module):
         return out.logprobs, out.entropy, temperature_softmax(logits, 0.7), drawn.tokens
 
 
+@pytest.mark.skipif(
+    helpers.torch_before("2.12"),
+    reason="pytorch/pytorch#169157: AOTInductor hands operators another dtype than was given",
+)
 def test_an_aotinductor_package_gives_the_same_bits(tmp_path):
     helpers.need("cpp")
     helpers.need("g++")

@@ -296,6 +296,7 @@ def test_compile_has_no_graph_break_and_no_recompile(backend):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    graphs = []
     for rows in (3, 3, 5, 8):
         logits = torch.randn(2, rows, 30)
         leaves = [logits.clone().requires_grad_() for _ in range(2)]
@@ -305,7 +306,9 @@ def test_compile_has_no_graph_break_and_no_recompile(backend):
         torch.testing.assert_close(got, want)
         got.backward(), want.backward()
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
-    assert counter.frame_count == 1
+        graphs.append(counter.frame_count)
+    started = 2 if helpers.torch_before("2.12") else 1  # it starts again when it meets the floats
+    assert graphs == [started] * 4
 
 
 @pytest.mark.slow

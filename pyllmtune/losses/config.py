@@ -127,7 +127,8 @@ class PolicyLossConfig:
                 raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
         self._check_rule()
         for field in ("kl_coef", "entropy_coef", "dro_beta"):
-            if not math.isfinite(getattr(self, field)):
+            # not math.isfinite, which the compiler of torch 2.11 takes for a node of the graph
+            if not abs(getattr(self, field)) < math.inf:
                 raise ValueError(f"{field} must be finite, got {getattr(self, field)}")
         for field in ("log_ratio_limit", "kl_input_limit", "kl_limit"):
             if not getattr(self, field) > 0.0:
@@ -165,7 +166,7 @@ class PolicyLossConfig:
             raise ValueError(f"cap must be greater than {least}, got {self.cap}")
         if not all(0.0 < tau <= 80.0 for tau in self.sapo_tau):
             raise ValueError(f"sapo_tau must be two numbers in (0, 80], got {self.sapo_tau}")
-        if not all(math.isfinite(value) for value in self.vespo_gamma):
+        if not all(abs(value) < math.inf for value in self.vespo_gamma):
             raise ValueError(f"vespo_gamma must be four finite numbers, got {self.vespo_gamma}")
 
     @property

@@ -127,7 +127,7 @@ def _check_options(
     check_positive("beta", beta)
     check_positive("discopop_tau", discopop_tau)
     check_smoothing(label_smoothing)
-    if not math.isfinite(alpha):
+    if not abs(alpha) < math.inf:
         raise ValueError(f"alpha must be finite, got {alpha}")
     if label_smoothing != 0.0 and loss_type not in SMOOTHED:
         raise ValueError(

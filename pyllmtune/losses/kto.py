@@ -53,7 +53,7 @@ def kto_loss(
     check_positive("beta", beta)
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     for name, weight in weights.items():
-        if not (weight >= 0.0 and math.isfinite(weight)):
+        if not 0.0 <= weight < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
     policy, reference = as_vectors(logprobs=logprobs, ref_logprobs=ref_logprobs)
     _checks.check_tensor("desirable", desirable, (torch.bool,))

@@ -46,7 +46,7 @@ def preference_loss(
     >>> preference_loss(torch.tensor([-2.0]), torch.tensor([-3.0]))  # -log sigmoid(1)
     tensor(0.3133)
     """
-    if not (center >= 0.0 and math.isfinite(center)):
+    if not 0.0 <= center < math.inf:
         raise ValueError(f"center must be at least 0 and finite, got {center}")
     per_pair = margin if isinstance(margin, Tensor) and margin.dim() else None
     better, worse, lead = as_vectors(chosen=chosen, rejected=rejected, margin=per_pair)

@@ -66,7 +66,7 @@ def simpo_loss(
     check_positive("beta", beta)
     check_smoothing(label_smoothing)
     for name, value in (("gamma", gamma), ("alpha", alpha)):
-        if not math.isfinite(value):
+        if not abs(value) < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
     chosen, rejected = as_vectors(
         chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs

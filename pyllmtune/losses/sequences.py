@@ -38,7 +38,7 @@ def as_lengths(name: str, lengths: Tensor, like: Tensor) -> Tensor:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (value > 0.0 and math.isfinite(value)):
+    if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 

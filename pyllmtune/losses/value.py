@@ -74,7 +74,7 @@ def value_loss(
     offsets = sequence_offsets("values", values, cu_seqlens)
     if (clip is None) != (old_values is None):
         raise ValueError("clip= and old_values= belong together; give both, or neither")
-    if clip is not None and not (clip > 0.0 and math.isfinite(clip)):
+    if clip is not None and not 0.0 < clip < math.inf:
         raise ValueError(f"clip must be positive and finite, got {clip}")
 
     def target(name: str, tensor: Tensor) -> Tensor:
@@ -138,6 +138,6 @@ def _aggregate(
         divisor = normalizer.detach().to(error.device, error.dtype).reshape(())
         # no valid token: loss 0, whatever the divisor
         return sums.sum() / torch.where(counted > 0, divisor, 1)
-    if not (normalizer > 0 and math.isfinite(normalizer)):
+    if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
     return sums.sum() / normalizer

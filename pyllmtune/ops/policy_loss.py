@@ -219,7 +219,7 @@ def _split_normalizer(
                 f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}"
             )
         return 0.0, normalizer.detach().to(device, dtype).reshape(())
-    if not (normalizer > 0 and math.isfinite(normalizer)):
+    if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
     return float(normalizer), None
 
