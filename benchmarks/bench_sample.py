@@ -27,7 +27,8 @@ FILTERS: dict[str, dict[str, Any]] = {
     "top-k 50": {"top_k": 50},
     "top-p .95": {"top_p": 0.95},
 }
-EXTRAS = {"logprobs": "processed", "return_stats": True}
+EXTRAS = {"logprobs": "processed", "return_stats": "rank"}
+EVERYTHING = {"logprobs": ("raw", "processed"), "return_stats": True}
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,14 @@ def cases(options: Options) -> Iterator[Case]:
         providers = [Provider(f"pyllmtune {word}", partial(run, {}, word)) for word in names]
         if with_extras:
             # the kept set of a plain draw is the vocabulary: N * V ids are no extra, but a result
-            extras = EXTRAS | {"return_kept": bool(filters)}
-            variant = f" with log-prob, rank{', kept set' if filters else ''}"
+            kept = {"return_kept": bool(filters)}
+            end = ", kept set" if filters else ""
+            variants = {f" with log-prob, rank{end}": EXTRAS | kept}
+            variants[f" with raw log-prob, all statistics{end}"] = EVERYTHING | kept
             providers += [
                 Provider(f"pyllmtune {word}", partial(run, extras, word), variant=variant)
                 for word in names[:1]
+                for variant, extras in variants.items()
             ]
         if "eager" in options.providers and not alone:
             providers.append(Provider("eager", baseline or partial(eager, filters)))

@@ -164,6 +164,7 @@ def sample(
     row_position: Tensor | None,
     logprobs: bool,
     return_stats: bool,
+    totals: bool,
     return_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outer, inner, vocab = logits.shape

@@ -93,10 +93,11 @@ SCHEMAS = {
     # R rows are drawn from: those of logits, or row_indices [R]. allowed [R or 1, V] bool or
     # [R or 1, ceil(V / 32)] int32. Of the results, logprobs is [3, R, num_samples] (raw, scaled,
     # processed) or [0, ...], rank [R, num_samples], kept_mass and entropy [R] or empty, kept_ids
-    # the kept tokens of all rows or empty
+    # the kept tokens of all rows or empty. Without totals, raw and scaled log-probs and kept_mass
+    # hold anything: they alone need all logits of a top-k row
     "sample": f"(Tensor logits, {_FILTERS}, Tensor? allowed, Tensor? row_indices, int num_samples,"
     " int seed, Tensor? row_seed, int position, Tensor? row_position,"
-    " bool logprobs, bool return_stats, bool return_kept)"
+    " bool logprobs, bool return_stats, bool totals, bool return_kept)"
     " -> (Tensor tokens, Tensor valid, Tensor logprobs, Tensor rank, Tensor num_kept,"
     " Tensor kept_mass, Tensor entropy, Tensor kept_ids)",
     # logits [batch, num_beams, V] with unit last stride; beam_scores, row_temperature and valid

@@ -26,7 +26,7 @@ def sample_args(per_row: bool) -> tuple:
     draw = (0, seeds, 0, seeds) if per_row else (5, None, 7, None)
     allowed = torch.rand(6, 17) < 0.9 if per_row else None
     indices = torch.arange(6).flip(0) if per_row else None
-    return (LOGITS, *filters(per_row), allowed, indices, 2, *draw, per_row, per_row, per_row)
+    return (LOGITS, *filters(per_row), allowed, indices, 2, *draw, *[per_row] * 4)
 
 
 def beam_args(per_row: bool) -> tuple:

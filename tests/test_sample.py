@@ -310,3 +310,36 @@ def test_kept_tokens_to_and_from_masks():
         kept.to_mask(3)
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         KeptTokens.from_mask(mask.float())
+
+
+@pytest.mark.parametrize("backend", helpers.BACKENDS)
+def test_what_is_asked_for_does_not_depend_on_what_else_is(backend):
+    """Top-k rows, greedy rows and whole rows; a field that was not asked for is None."""
+    helpers.use(backend)
+    logits = 3 * torch.randn(4, 900)
+    filters = {"top_k": torch.tensor([5, 0, 20, 5]), "temperature": torch.tensor([1.0, 0.7, 2, 0])}
+    given = {**filters, "seed": torch.arange(4), "backend": backend}
+    every = sample(logits, **given, **EVERYTHING)
+    for kind, stats in (
+        ("processed", "rank"),
+        ("processed", ("rank", "entropy")),
+        ("raw", "rank"),
+        ("scaled", False),
+        (None, "kept_mass"),
+        (None, ["entropy"]),
+    ):
+        out = sample(logits, **given, logprobs=kind, return_stats=stats)
+        assert torch.equal(out.tokens, every.tokens)
+        if kind is not None:
+            helpers.assert_close(out.logprobs, every.logprobs[kind], 0, kind)
+        names = (stats,) if isinstance(stats, str) else stats or ()
+        for name in ("rank", "kept_mass", "entropy"):
+            value = getattr(out, name)
+            assert (value is None) == (name not in names)
+            if value is not None:
+                helpers.assert_close(value, getattr(every, name), 0, name)
+
+
+def test_unknown_statistics_are_refused():
+    with pytest.raises(ValueError, match="return_stats must be of rank, kept_mass, entropy, got"):
+        sample(torch.zeros(1, 3), return_stats=("rank", "mass"))

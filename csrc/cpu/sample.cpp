@@ -27,7 +27,7 @@ struct Request {
   int64_t rows, samples, vocab;
   AllowedSets allowed;
   const int64_t* row_indices;  // or null
-  bool want_scores, want_stats, want_kept;
+  bool want_scores, want_stats, want_totals, want_kept;
 
   int64_t source(int64_t row) const { return row_indices == nullptr ? row : row_indices[row]; }
 };
@@ -79,7 +79,7 @@ struct Prepared {
       entropy = std::max(0.0, log_kept - weighted / static_cast<double>(mass) * kLn2);
     }
     const bool plain = scale.rate == kMassLog2E;  // temperature 1
-    if (!request.want_scores && !request.want_stats) return;
+    if (!request.want_totals) return;
     if (!filter.greedy) log_total = log_mass(filter.total_mass(), scale.bits);
     if (!request.want_scores) return;
     const Scale at_one{scale.top, kMassLog2E, scale.bits};
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     OptionalTensor row_top_k, double top_p, OptionalTensor row_top_p, double min_p,
     OptionalTensor row_min_p, int64_t order, OptionalTensor allowed, OptionalTensor row_indices,
     int64_t num_samples, int64_t seed, OptionalTensor row_seed, int64_t position,
-    OptionalTensor row_position, bool logprobs, bool return_stats, bool return_kept) {
+    OptionalTensor row_position, bool logprobs, bool return_stats, bool totals, bool return_kept) {
   check_logits(logits);
   const int64_t sources = logits.size(0) * logits.size(1), vocab = logits.size(2);
   const int64_t rows = row_indices ? row_indices->numel() : sources;
@@ -253,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
                         indices,
                         logprobs,
                         return_stats,
+                        totals,
                         return_kept};
 
   const int64_t some = return_stats ? rows : 0;

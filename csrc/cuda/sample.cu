@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     OptionalTensor row_top_k, double top_p, OptionalTensor row_top_p, double min_p,
     OptionalTensor row_min_p, int64_t order, OptionalTensor allowed, OptionalTensor row_indices,
     int64_t num_samples, int64_t seed, OptionalTensor row_seed, int64_t position,
-    OptionalTensor row_position, bool logprobs, bool return_stats, bool return_kept) {
+    OptionalTensor row_position, bool logprobs, bool return_stats, bool /*totals*/,
+    bool return_kept) {  // one sweep has all sums: totals cost nothing
   const OnDevice device(logits);
   check_rows(logits, "logits");
   const int64_t logits_rows = logits.size(0) * logits.size(1), vocab = logits.size(2);

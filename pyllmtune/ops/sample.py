@@ -17,6 +17,8 @@ from pyllmtune.reference import sample as reference
 
 Kind = Literal["raw", "scaled", "processed"]
 KINDS = ("raw", "scaled", "processed")  # the rows of the operator's `logprobs`
+Stat = Literal["rank", "kept_mass", "entropy"]
+STATS = ("rank", "kept_mass", "entropy")
 
 
 class SampleOutput(NamedTuple):
@@ -58,7 +60,7 @@ def sample(
     position: int | Tensor = 0,
     generator: torch.Generator | None = None,
     logprobs: Kind | Sequence[Kind] | None = None,
-    return_stats: bool = False,
+    return_stats: bool | Stat | Sequence[Stat] = False,
     return_kept: bool = False,
     on_invalid: Literal["flag", "raise"] = "flag",
     backend: Backend = "auto",
@@ -88,7 +90,9 @@ def sample(
             another position gives another random number.
         logprobs: ``"raw"`` (temperature 1, no filter), ``"scaled"`` (temperature alone),
             ``"processed"`` (the distribution that is sampled), or several.
-        return_stats: also ``rank``, ``kept_mass`` and ``entropy``.
+        return_stats: also ``"rank"``, ``"kept_mass"`` or ``"entropy"``, or several; True is all. On
+            the CPU a row with ``top_k`` is drawn, scored (``"processed"``) and ranked from its
+            candidates; ``"kept_mass"``, ``"raw"`` and ``"scaled"`` look at all its logits.
         return_kept: also the kept tokens. On a GPU their number is waited for.
         on_invalid: ``"raise"`` makes an invalid row an error and waits for the device; it is for
             debugging.
@@ -118,7 +122,8 @@ def sample(
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be an integer of at least 1, got {num_samples!r}")
     filters = check_filters(temperature, top_k, top_p, min_p, order, shape, device)
-    kinds = _kinds(logprobs)
+    kinds = _names("logprobs", logprobs, KINDS)
+    stats = STATS if return_stats is True else _names("return_stats", return_stats or None, STATS)
     bits = as_allowed(allowed, shape, vocab, device)
     seeds = split_seed(seed, generator, shape, device)
     limits = {"least": 0, "most": 2**63 - 1, "remedy": "an int64, 0 or more"}
@@ -137,7 +142,8 @@ def sample(
         *seeds,
         *positions,
         bool(kinds),
-        return_stats,
+        bool(stats),
+        not {"raw", "scaled", "kept_mass"}.isdisjoint((*kinds, *stats)),
         return_kept,
     )
     if on_invalid == "raise" and not bool(valid.all()):
@@ -152,10 +158,10 @@ def sample(
         tokens.reshape(draws),
         valid.reshape(shape),
         found if not isinstance(logprobs, str) and kinds else found.get(logprobs),
-        rank.reshape(draws) if return_stats else None,
+        rank.reshape(draws) if "rank" in stats else None,
         num_kept.reshape(shape),
-        kept_mass.reshape(shape) if return_stats else None,
-        entropy.reshape(shape) if return_stats else None,
+        kept_mass.reshape(shape) if "kept_mass" in stats else None,
+        entropy.reshape(shape) if "entropy" in stats else None,
         KeptTokens.from_counts(num_kept, kept_ids) if return_kept else None,
     )
 
@@ -205,12 +211,14 @@ def split_seed(
     )
 
 
-def _kinds(logprobs: Kind | Sequence[Kind] | None) -> tuple[str, ...]:
-    kinds = (logprobs,) if isinstance(logprobs, str) else tuple(logprobs or ())
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"logprobs must be of {', '.join(KINDS)}, got {kind!r}")
-    return kinds
+def _names(
+    argument: str, given: str | Sequence[str] | None, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else tuple(given or ())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{argument} must be of {', '.join(known)}, got {name!r}")
+    return names
 
 
 def _check_row_indices(indices: Tensor, rows: int, device: torch.device) -> None:
@@ -248,7 +256,7 @@ def as_allowed(
 
 def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     row_indices, num_samples = args[10:12]
-    scores, stats, kept = args[16:]
+    scores, stats, _, kept = args[16:]
     rows = logits.shape[0] * logits.shape[1] if row_indices is None else row_indices.shape[0]
     some = rows if stats else 0
     size = torch.library.get_ctx().new_dynamic_size() if kept else 0

@@ -47,6 +47,7 @@ def sample(
     row_position: Tensor | None,
     logprobs: bool,
     return_stats: bool,
+    totals: bool,
     return_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draw ``num_samples`` tokens from each row ``[R]``."""

@@ -73,7 +73,7 @@ def _allowed(allowed: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool
 def sample(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *filters, order = args[:9]
     allowed, row_indices, samples, *numbers = args[9:15]
-    position_rows, scores, stats, kept = args[15:]
+    position_rows, scores, stats, _, kept = args[15:]
     outer, inner, vocab = logits.shape
     rows = outer * inner if row_indices is None else row_indices.shape[0]
     rows_read = (

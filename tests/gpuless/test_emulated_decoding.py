@@ -187,7 +187,7 @@ def test_a_gpu_flags_rows_that_checks_on_the_cpu_refuse():
     top_p = torch.tensor([0.9] * 4 + [math.nan, 0.9, 0.9, 0.9], dtype=torch.float64)
     min_p = torch.tensor([0.0] * 5 + [math.nan, 0.0, 0.0])
     filters = (1.0, temperature, 5, None, 1.0, top_p, 0.0, min_p, 0)
-    rest = (1, 7, None, 0, None, True, True, True)
+    rest = (1, 7, None, 0, None, True, True, True, True)
     run = _ops.handle("sample", "emulated")
     got, want = (
         run(logits, *filters, None, None, *rest),
