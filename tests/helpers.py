@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import pytest
@@ -80,6 +81,17 @@ def dtype_id(dtype: torch.dtype) -> str:
 def runs(backend: str, dtype: torch.dtype) -> bool:
     """GPU floors have no float64."""
     return dtype != torch.float64 or backend in ("reference", "cpp")
+
+
+def pairs(backends: Iterable[str], dtypes: Iterable[torch.dtype]) -> pytest.MarkDecorator:
+    """Parametrize ``backend`` and ``dtype`` by the pairs that exist."""
+    found = [
+        pytest.param(backend, dtype, id=f"{backend}-{dtype_id(dtype)}")
+        for backend in backends
+        for dtype in dtypes
+        if runs(backend, dtype)
+    ]
+    return pytest.mark.parametrize(("backend", "dtype"), found)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

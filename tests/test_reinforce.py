@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from pyllmtune import reinforce_loss
-from tests.helpers import BACKENDS, assert_close, runs, use
+from tests.helpers import BACKENDS, assert_close, pairs, use
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairs(BACKENDS, (torch.float64, torch.float32))
 def test_value_and_gradient_are_the_closed_form(backend, dtype):
-    if not runs(backend, dtype):
-        pytest.skip("no float64 on this floor")
     logprobs = -3 * torch.rand(3, 5, dtype=dtype)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
     logprobs[~mask] = torch.nan
