@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 VARIABLES = {
     "PYLLMTUNE_BACKEND": "overrides backend='auto'",
+    "PYLLMTUNE_AMX": "0: no tile registers for bfloat16 products",
     "PYLLMTUNE_CPU_CAPABILITY": "forces a lower CPU module: baseline, avx2, avx512",
     "PYLLMTUNE_DEBUG": "1: check token ids on GPUs too, at the price of a sync",
     "TRITON_INTERPRET": "1: run the Triton kernels on the CPU",

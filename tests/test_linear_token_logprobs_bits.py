@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,25 @@ def test_matmul(rows, inner, columns, dtype, layout):
         bound = 1e-12 if dtype == torch.float64 else 4e-7 * inner**0.5
         helpers.assert_close(space[:, :columns], want * (1 + add), bound, "product")
     assert torch.equal(space[:, columns:], torch.ones_like(space[:, columns:]))
+
+
+@pytest.mark.slow
+def test_matmul_without_tile_registers():
+    """On a CPU with AMX the path of those without it; on others the test above ran that."""
+    helpers.need("cpp")
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "amx_bf16" not in cpuinfo.read_text():
+        return
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            f"{__file__}::test_matmul",
+        ],
+        env=os.environ | {"PYLLMTUNE_AMX": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_matmul_refuses_what_does_not_fit():

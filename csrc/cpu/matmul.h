@@ -8,36 +8,20 @@
 // the order of k, and blocks are added in order. So C has the same bits however M and N are cut,
 // for any number of rows and threads. bfloat16 products are exact in float32; where the CPU
 // multiplies pairs of bfloat16 (two products and the sum in one instruction) pairs are chained
-// instead, twice as fast, with other bits and subnormal numbers taken as 0.
+// instead, twice as fast, with other bits and subnormal numbers taken as 0; where it has tile
+// registers these do the same (matmul_amx.h).
 //
 // Method: a panel of kColumns columns of B and one of kRows rows of A lie in the first-level cache,
 // interleaved by k; a tile of C lies in registers. Blocks are packed by the thread that uses them.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
 #include <vector>
 
+#include "matmul_amx.h"
+#include "matmul_pack.h"
 #include "parallel.h"
-#include "simd.h"
-#include "types.h"
 
 namespace pyllmtune {
-
-template <class T>
-struct Operand {
-  const T* at;
-  int64_t row_stride, column_stride;
-
-  Operand transposed() const { return {at, column_stride, row_stride}; }
-};
-
-// What one step along k multiplies: a number, or a pair of bfloat16.
-struct Bf16Pair {
-  uint32_t bits;
-};
-template <class Unit>
-constexpr int kDepth = std::is_same_v<Unit, Bf16Pair> ? 2 : 1;  // elements of k in a unit
 
 template <class V, class Unit>
 PLT_PAIR_TARGET inline V multiply_add(Unit a, const Unit* b, V sum) {
@@ -93,63 +77,6 @@ PLT_PAIR_TARGET void multiply_tile(const Unit* a, const Unit* b, int64_t depth,
       c[i * stride + j] = add ? c[i * stride + j] + whole[i][j] : whole[i][j];
 }
 
-template <class Unit, class T>
-Unit unit_at(const T* p, int64_t stride, int64_t left) {
-  if constexpr (std::is_same_v<Unit, Bf16Pair>)
-    return {p[0].bits | (left > 1 ? static_cast<uint32_t>(p[stride].bits) << 16 : 0)};
-  else
-    return to_scalar(*p);
-}
-
-// Sixteen units along k of one row, which has them side by side.
-template <class Unit, class T>
-F32x16 load_units(const T* p) {
-  if constexpr (std::is_same_v<Unit, Bf16Pair>)
-    return load(reinterpret_cast<const float*>(p));
-  else
-    return load(p);
-}
-
-// Rows of x, k along its columns, as panels of `width` rows: out [panels, depth, width], zeros
-// where the last panel is not full. Sixteen units past the end may be written.
-template <int kWidth, class Unit, class T>
-void pack(Operand<T> x, int64_t rows, int64_t columns, Unit* out) {
-  const int64_t depth = (columns + kDepth<Unit> - 1) / kDepth<Unit>;
-  for (int64_t first = 0; first < rows; first += kWidth, out += depth * kWidth) {
-    const int here = static_cast<int>(std::min<int64_t>(kWidth, rows - first));
-    const T* panel = x.at + first * x.row_stride;
-    int64_t k = 0;
-    if constexpr (sizeof(Unit) == 4)
-      if (x.column_stride == 1) {
-        const int64_t whole = columns / kDepth<Unit> / 16 * 16;
-        // lanes beyond the panel are covered by the next store, so k goes up
-        for (int from = 0; from < kWidth; from += 16)
-          for (k = 0; k < whole; k += 16) {
-            F32x16 block[16];
-            for (int i = 0; i < 16; ++i)
-              block[i] =
-                  from + i < here
-                      ? load_units<Unit>(panel + (from + i) * x.row_stride + k * kDepth<Unit>)
-                      : F32x16(0.0f);
-            transpose(block);
-            for (int i = 0; i < 16; ++i)
-              store(reinterpret_cast<float*>(out + (k + i) * kWidth + from), block[i]);
-          }
-        k = whole;
-      }
-    for (; k < depth; ++k) {
-      const T* p = panel + k * kDepth<Unit> * x.column_stride;
-      const int64_t left = columns - k * kDepth<Unit>;
-      Unit* to = out + k * kWidth;
-      if (here == kWidth && x.row_stride == 1)  // the compiler's vectors
-        for (int i = 0; i < kWidth; ++i) to[i] = unit_at<Unit>(p + i, x.column_stride, left);
-      else
-        for (int i = 0; i < kWidth; ++i)
-          to[i] = i < here ? unit_at<Unit>(p + i * x.row_stride, x.column_stride, left) : Unit{};
-    }
-  }
-}
-
 // 128 numbers: twice as many cost no time either way, but a chain of them rounds more often than
 // other libraries' products do. A panel of B then takes a third of a first-level cache.
 template <class Unit>
@@ -199,19 +126,21 @@ void multiply(Operand<T> a, Operand<T> b, F* c, int64_t stride, int64_t rows, in
   parallel_for(parts(rows, height) * across, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / across * height, j = task % across * width;
-      const auto run = [&](auto unit) {
-        multiply_block<decltype(unit)>(
-            Operand<T>{a.at + i * a.row_stride, a.row_stride, a.column_stride},
-            Operand<T>{b.at + j * b.column_stride, b.row_stride, b.column_stride},
-            c + i * stride + j, stride, std::min(height, rows - i), std::min(width, columns - j),
-            inner, add);
-      };
-      if constexpr (std::is_same_v<T, Bf16>)
-        if (multiplies_pairs()) {
-          run(Bf16Pair());
+      const Operand<T> left{a.at + i * a.row_stride, a.row_stride, a.column_stride};
+      const Operand<T> right{b.at + j * b.column_stride, b.row_stride, b.column_stride};
+      F* out = c + i * stride + j;
+      const int64_t m = std::min(height, rows - i), n = std::min(width, columns - j);
+      if constexpr (std::is_same_v<T, Bf16>) {
+        if (multiplies_tiles()) {
+          multiply_block_tiles(left, right, out, stride, m, n, inner, add);
           continue;
         }
-      run(F());
+        if (multiplies_pairs()) {
+          multiply_block<Bf16Pair>(left, right, out, stride, m, n, inner, add);
+          continue;
+        }
+      }
+      multiply_block<F>(left, right, out, stride, m, n, inner, add);
     }
   });
 }
