@@ -16,13 +16,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-15}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.dtype_id)
 @pytest.mark.parametrize("kind", cases.ROW_KINDS)
-@pytest.mark.parametrize("backend", helpers.KERNELS)
+@helpers.pairs(helpers.KERNELS, DTYPES)
 def test_equals_the_reference(backend, kind, dtype):
     """The same tokens kept, to the token, for random filters; values to a rounding."""
-    if not helpers.runs(backend, dtype):
-        pytest.skip(f"{backend} has no {dtype}")
     pick = random.Random(f"{kind}{dtype}")
     sizes = (1, 2, 17, 257, 20_000) if backend == "cpp" else (1, 17, 257, 1500)
     for vocab in sizes:
