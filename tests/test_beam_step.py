@@ -59,13 +59,10 @@ def random_options(pick: random.Random, batch: int, beams: int, vocab: int) -> d
     return options
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.dtype_id)
 @pytest.mark.parametrize("kind", cases.ROW_KINDS)
-@pytest.mark.parametrize("backend", helpers.KERNELS)
+@helpers.pairs(helpers.KERNELS, DTYPES)
 def test_equals_the_reference(backend, kind, dtype):
     """Random masks, temperatures, widths, groups, finished beams, numbers of candidates."""
-    if not helpers.runs(backend, dtype):
-        pytest.skip(f"{backend} has no {dtype}")
     pick = random.Random(f"{kind}{dtype}")
     sizes = (1, 2, 17, 255, 256, 257, 1000, 40_000) if backend == "cpp" else (1, 33, 300)
     for vocab in sizes:
@@ -147,12 +144,9 @@ def assert_empty(out: BeamStep, item: int, first: int) -> None:
     assert not out.parents[item, first:].any() and not out.is_eos[item, first:].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.dtype_id)
-@pytest.mark.parametrize("backend", helpers.BACKENDS)
+@helpers.pairs(helpers.BACKENDS, DTYPES)
 def test_a_bad_beam_is_dropped_and_flagged_and_its_neighbours_are_unharmed(backend, dtype):
     """NaN, +inf, nothing allowed; a score that is NaN or +inf."""
-    if not helpers.runs(backend, dtype):
-        pytest.skip(f"{backend} has no {dtype}")
     logits = torch.randn(4, 3, 65).to(dtype)
     scores = torch.randn(4, 3)
     clean = logits.clone(), scores.clone()

@@ -38,13 +38,10 @@ def assert_same(got: SampleOutput, want: SampleOutput) -> None:
         helpers.assert_close(got.logprobs[kind], want.logprobs[kind], LOG_TOLERANCE, kind)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=helpers.dtype_id)
 @pytest.mark.parametrize("kind", cases.ROW_KINDS)
-@pytest.mark.parametrize("backend", helpers.KERNELS)
+@helpers.pairs(helpers.KERNELS, DTYPES)
 def test_equals_the_reference(backend, kind, dtype):
     """Tokens, ranks and kept sets to the token, for random filters and allowed masks."""
-    if not helpers.runs(backend, dtype):
-        pytest.skip(f"{backend} has no {dtype}")
     pick = random.Random(f"{kind}{dtype}")
     sizes = (1, 2, 17, 257, 20_000) if backend == "cpp" else (1, 33, 1500)
     for vocab in sizes:
