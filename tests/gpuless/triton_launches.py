@@ -148,7 +148,7 @@ def calls() -> list[tuple[str, Any]]:
             ),
             (
                 name,
-                lambda args=(logits, *filters, *masked, *draws, *[optional] * 3): sample.sample(
+                lambda args=(logits, *filters, *masked, *draws, *[optional] * 4): sample.sample(
                     *args
                 ),
             ),
