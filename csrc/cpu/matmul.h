@@ -15,6 +15,7 @@
 // interleaved by k; a tile of C lies in registers. Blocks are packed by the thread that uses them.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "matmul_amx.h"
@@ -114,33 +115,60 @@ void multiply_block(Operand<T> a, Operand<T> b, F* c, int64_t stride, int64_t ro
   }
 }
 
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+struct TaskSize {
+  int64_t rows, columns;
+};
+
+// How C is cut into tasks, each packing what it multiplies: the cut with which the busiest thread
+// is done first. Sizes are multiples of `step` and at most 2 kBlockRows x kBlockColumns.
+inline TaskSize task_size(int64_t rows, int64_t columns, TaskSize step, int64_t threads) {
+  constexpr int64_t kPack = 48;  // packing a number takes as long as so many multiply-adds
+  const auto whole = [](int64_t n, int64_t by) { return parts(n, by) * by; };
+  TaskSize best{};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t down = parts(rows, 2 * kBlockRows);; ++down) {
+    const int64_t height = whole(parts(rows, down), step.rows);
+    for (int64_t across = parts(columns, kBlockColumns);; ++across) {
+      const int64_t width = whole(parts(columns, across), step.columns);
+      const int64_t tasks = parts(rows, height) * parts(columns, width);
+      const int64_t cost = parts(tasks, threads) * (height * width + kPack * (height + width));
+      if (cost < least) least = cost, best = {height, width};
+      if (width == step.columns || tasks >= 4 * threads) break;
+    }
+    if (height == step.rows || down >= 4 * threads) return best;
+  }
+}
+
 template <class T, class F>
 void multiply(Operand<T> a, Operand<T> b, F* c, int64_t stride, int64_t rows, int64_t columns,
               int64_t inner, bool add) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-  int64_t height = 2 * kBlockRows, width = kBlockColumns;  // of the part of C of one task
-  while (parts(rows, height) * parts(columns, width) < 2 * threads && height * width > 96 * 128)
-    (height > width ? height : width) /= 2;
-  const int64_t across = parts(columns, width);
-  parallel_for(parts(rows, height) * across, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / across * height, j = task % across * width;
+  using V = typename VectorOf<T>::type;
+  if (rows == 0 || columns == 0) return;
+  const bool tiles = std::is_same_v<T, Bf16> && multiplies_tiles();
+  const TaskSize step = tiles ? TaskSize{kFour, kFour} : TaskSize{kTileRows<V>, kTileColumns<V>};
+  const TaskSize task = task_size(rows, columns, step, torch::stable::get_num_threads());
+  const int64_t across = parts(columns, task.columns);
+  parallel_for(parts(rows, task.rows) * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = n / across * task.rows, j = n % across * task.columns;
       const Operand<T> left{a.at + i * a.row_stride, a.row_stride, a.column_stride};
       const Operand<T> right{b.at + j * b.column_stride, b.row_stride, b.column_stride};
       F* out = c + i * stride + j;
-      const int64_t m = std::min(height, rows - i), n = std::min(width, columns - j);
+      const int64_t height = std::min(task.rows, rows - i);
+      const int64_t width = std::min(task.columns, columns - j);
       if constexpr (std::is_same_v<T, Bf16>) {
-        if (multiplies_tiles()) {
-          multiply_block_tiles(left, right, out, stride, m, n, inner, add);
+        if (tiles) {
+          multiply_block_tiles(left, right, out, stride, height, width, inner, add);
           continue;
         }
         if (multiplies_pairs()) {
-          multiply_block<Bf16Pair>(left, right, out, stride, m, n, inner, add);
+          multiply_block<Bf16Pair>(left, right, out, stride, height, width, inner, add);
           continue;
         }
       }
-      multiply_block<F>(left, right, out, stride, m, n, inner, add);
+      multiply_block<F>(left, right, out, stride, height, width, inner, add);
     }
   });
 }

@@ -8,6 +8,10 @@
 
 #include "matmul_pack.h"
 
+namespace pyllmtune {
+constexpr int64_t kFour = 32;  // rows and columns of C at a time
+}
+
 #if defined(__AVX512F__) && defined(__linux__)
 
 #include <cpuid.h>
@@ -117,7 +121,6 @@ PLT_TILE_TARGET inline void multiply_four_tiles(const Bf16Pair* a, const Bf16Pai
 }
 
 constexpr int64_t kTileBlockK = 512, kTileBlockRows = 384;
-constexpr int64_t kFour = 2 * kTileSide;  // rows and columns of C at a time
 
 PLT_TILE_TARGET inline void multiply_block_tiles(Operand<Bf16> a, Operand<Bf16> b, float* c,
                                                  int64_t stride, int64_t rows, int64_t columns,

@@ -75,7 +75,7 @@ class Patch:
         return self
 
     def undo(self) -> None:
-        for seam, original, replacement in self._pairs:
+        for seam, original, replacement in reversed(self._pairs):
             self._rebind(seam, replacement, original)
         self._pairs.clear()
         self.changed.clear()

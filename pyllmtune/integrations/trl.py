@@ -164,9 +164,8 @@ def _chunked_logprobs(original: Any) -> Any:
             kept=kept,
         )
         is_top1 = mean_logits = None
-        if (
-            "is_top1" in outputs and sums is not None
-        ):  # logits closer than float32 tells apart count as equal
+        if "is_top1" in outputs and sums is not None:
+            # logits closer than float32 tells apart count as equal
             is_top1 = scores.logprobs.detach() + sums.log() >= -1e-6
         if "mean_logits" in outputs:  # the mean logit is the logit of the mean row of the head
             with torch.no_grad():

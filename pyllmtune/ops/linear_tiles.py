@@ -214,7 +214,9 @@ def backward(
     )
     grows = grad_weight is not None and grad_weight.dtype == head.dtype
     if grad_weight is None:
-        grad_weight = weight.new_zeros(weight.shape if wanted[1] else (0,))
+        # every row is written, tile by tile, if there is anything to add up
+        new = weight.new_empty if live.shape[0] else weight.new_zeros
+        grad_weight = new(weight.shape if wanted[1] else (0,))
     rounds = grad_weight.dtype != head.dtype  # once a tile of it is complete
     grad_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=head.dtype)
     space = None
