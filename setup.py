@@ -47,10 +47,12 @@ SANITIZER_FLAGS = {
         "-fno-sanitize=null,object-size,vptr,pointer-overflow",
         "-fno-sanitize-recover=all",
         "-O1",
-        "-g",
+        "-g1",  # lines, for the reports
     ],
-    "thread": ["-fsanitize=thread", "-O1", "-g"],
+    "thread": ["-fsanitize=thread", "-O1", "-g1"],
 }
+if SANITIZE == "thread":  # what threads share is the same with every instruction set
+    ISA_FLAGS = {"_C": ISA_FLAGS["_C"]}
 
 
 def say(message: str) -> None:
