@@ -124,7 +124,7 @@ struct TaskSize {
 // How C is cut into tasks, each packing what it multiplies: the cut with which the busiest thread
 // is done first. Sizes are multiples of `step` and at most 2 kBlockRows x kBlockColumns.
 inline TaskSize task_size(int64_t rows, int64_t columns, TaskSize step, int64_t threads) {
-  constexpr int64_t kPack = 48;  // packing a number takes as long as so many multiply-adds
+  constexpr int64_t kPack = 48;  // multiply-adds in the time of packing a number, an estimate
   const auto whole = [](int64_t n, int64_t by) { return parts(n, by) * by; };
   TaskSize best{};
   int64_t least = std::numeric_limits<int64_t>::max();
