@@ -3,8 +3,8 @@
 PYLLMTUNE_BUILD=auto (default) builds what it can and says what it leaves out; 0 builds nothing
 (pure Python: reference and Triton); 1 fails when the CPU modules cannot be built. The CUDA module
 is built when torch has CUDA and nvcc is there, whether or not a GPU is; FORCE_CUDA=1 makes its
-absence an error. PYLLMTUNE_SANITIZE=address|thread builds the CPU modules under a sanitizer, for
-the tests.
+absence an error. PYLLMTUNE_SANITIZE=address|thread builds the CPU modules (thread: the
+baseline alone) under a sanitizer, for the tests.
 """
 
 from __future__ import annotations

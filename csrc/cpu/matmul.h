@@ -115,8 +115,6 @@ void multiply_block(Operand<T> a, Operand<T> b, F* c, int64_t stride, int64_t ro
   }
 }
 
-inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 struct TaskSize {
   int64_t rows, columns;
 };

@@ -120,16 +120,16 @@ PLT_TILE_TARGET inline void multiply_four_tiles(const Bf16Pair* a, const Bf16Pai
   _tile_stored(3, out + 2 * kTileUnits + kTileSide, 2 * kBytes);
 }
 
+static_assert(kFour == 2 * kTileSide);
 constexpr int64_t kTileBlockK = 512, kTileBlockRows = 384;
 
 PLT_TILE_TARGET inline void multiply_block_tiles(Operand<Bf16> a, Operand<Bf16> b, float* c,
                                                  int64_t stride, int64_t rows, int64_t columns,
                                                  int64_t inner, bool add) {
   static thread_local std::vector<Bf16Pair> packed_a, packed_b;
-  const auto pairs_of_panels = [](int64_t n) { return (n + kFour - 1) / kFour; };
   const int64_t most = (std::min(inner, kTileBlockK) + kTileK - 1) / kTileK * kTileUnits;
-  packed_a.resize(pairs_of_panels(std::min(rows, kTileBlockRows)) * 2 * most + kTileSide);
-  packed_b.resize(pairs_of_panels(columns) * 2 * most + kTileSide);
+  packed_a.resize(parts(std::min(rows, kTileBlockRows), kFour) * 2 * most + kTileSide);
+  packed_b.resize(parts(columns, kFour) * 2 * most + kTileSide);
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   alignas(64) float four[kFour * kFour];
@@ -137,12 +137,12 @@ PLT_TILE_TARGET inline void multiply_block_tiles(Operand<Bf16> a, Operand<Bf16> 
     const int64_t block = std::min(kTileBlockK, inner - k), steps = (block + kTileK - 1) / kTileK;
     const Operand<Bf16> bt = b.transposed();
     pack_pairs({bt.at + k * bt.column_stride, bt.row_stride, bt.column_stride}, columns, block,
-               2 * pairs_of_panels(columns), packed_b.data());
+               2 * parts(columns, kFour), packed_b.data());
     const bool grows = add || k > 0;
     for (int64_t i0 = 0; i0 < rows; i0 += kTileBlockRows) {
       const int64_t height = std::min(kTileBlockRows, rows - i0);
       pack_rows({a.at + i0 * a.row_stride + k * a.column_stride, a.row_stride, a.column_stride},
-                height, block, 2 * pairs_of_panels(height), packed_a.data());
+                height, block, 2 * parts(height, kFour), packed_a.data());
       asm volatile("" ::: "memory");  // tile loads do not say that they read memory
       for (int64_t j = 0; j < columns; j += kFour)
         for (int64_t i = 0; i < height; i += kFour) {

@@ -9,6 +9,8 @@
 
 namespace pyllmtune {
 
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 template <class T>
 struct Operand {
   const T* at;
